@@ -10,12 +10,12 @@ __all__ = ['fingerprint_weights', 'VQTokenizer', 'check_codes', 'load_image_toke
 import hashlib
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import VQModel
+from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
@@ -223,22 +223,29 @@ def tokenize_captions(
 ) -> TokenStore:
     "Tokenise a data set into a store, or open the one that is there; an interrupted pass goes on where it stopped."
     folder = Path(folder) if folder else store_folder(captions, tokenizer, captions.spec["limit"])
-    if (folder/'meta.json').exists(): return TokenStore(folder)
     grid = tokenizer.grid(captions.px)
     if tokenizer.vocab_size > 2**16: raise BadInput(f'the image tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,} codes; a store holds at most 65,536.')
     folder.mkdir(parents=True, exist_ok=True)
-    state = _take_up(folder)
-    captions.report.clear(); captions.report.update(state['report'])
-    with tqdm(total=captions.spec["limit"] or captions.total, initial=state['kept'] if captions.spec["limit"] else state['row'], desc=f'tokenising {captions.split}', unit='image',
-              disable=not progress, mininterval=1, ascii=True) as bar:
-        for pairs in _batches(captions.pairs(start=state['row'], kept=state['kept']), batch):
-            before = state['kept'] if captions.spec["limit"] else state['row']
-            _append(folder, state, pairs, tokenizer, captions.report)
-            bar.update((state['kept'] if captions.spec["limit"] else state['row']) - before)
-    if not state['kept']: raise BadInput(f'data={captions.source!r} has no usable pair in the {captions.split} split ({dict(captions.report)}); look at its captions and images.')
-    return _finish(folder, captions, tokenizer, grid)
+    with FileLock(folder/'lock'):                                             # a second process waits, then opens what the first one made
+        if not (folder/'meta.json').exists(): _tokenize(captions, tokenizer, folder, grid, batch, progress)
+    return TokenStore(folder)
 
 # %% ../nbs/01_tokenizers.ipynb #c75c59db
+def _tokenize(captions, tokenizer, folder, grid, batch, progress):
+    "The pass itself, from where the folder stands."
+    state, limit = _take_up(folder), captions.spec["limit"]
+    captions.report.clear(); captions.report.update(state['report'])
+    done = lambda: state['kept'] if limit else state['row']
+    with tqdm(total=limit or captions.total, initial=done(), desc=f'tokenising {captions.split}', unit='image', disable=not progress, mininterval=1, ascii=True) as bar:
+        for pairs in _batches(captions.pairs(start=state['row'], kept=state['kept']), batch):
+            before = done()
+            _append(folder, state, pairs, tokenizer, captions.report)
+            bar.update(done() - before)
+    if not state['kept']: raise BadInput(f'data={captions.source!r} has no usable pair in the {captions.split} split ({dict(captions.report)}); look at its captions and images.')
+    if progress: print(f'{captions.split}: {captions.summary()}', flush=True)
+    _finish(folder, captions, tokenizer, grid)
+
+# %% ../nbs/01_tokenizers.ipynb #222417b8
 def _finish(folder, captions, tokenizer, grid):
     "Write meta.json, which makes the folder a store."
     digests = {name: _sha256(folder/name) for name in ('codes.bin', 'captions.jsonl')}
@@ -247,7 +254,6 @@ def _finish(folder, captions, tokenizer, grid):
     meta['fingerprint'] = hashlib.sha256(json.dumps([digests, list(grid), tokenizer.vocab_size], sort_keys=True).encode()).hexdigest()
     write_atomic(folder/'meta.json', json.dumps(meta, indent=1))
     (folder/'progress.json').unlink(missing_ok=True)
-    return TokenStore(folder)
 
 # %% ../nbs/01_tokenizers.ipynb #5385dfba
 def psnr(

@@ -68,6 +68,10 @@ class Config:
     eval_pairs: int = 384           # validation pairs
     checkpoint_every: int = 100     # steps between checkpoints
 
+    def _repr_markdown_(self):
+        other = {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(PRESETS[self.preset], k)}
+        return f'preset **{self.preset}**' + ''.join(f', {k}={v!r}' for k, v in other.items())
+
 # %% ../nbs/04_training.ipynb #1d039358
 PRESETS = dict(
     smoke=Config(preset='smoke', pairs=64, steps=6, batch=4, warmup=2, eval_every=3, eval_pairs=8, checkpoint_every=2),
@@ -211,6 +215,11 @@ def evaluate(
     return means(accelerator.reduce(sums))
 
 # %% ../nbs/04_training.ipynb #495f8857
+def _out_of_space(error):
+    "True if a write failed for want of space; torch and safetensors say so in words only."
+    words = ('No space left', 'File too large', 'quota exceeded', 'os error 28', 'os error 27', 'file write failed')
+    return getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(w in str(error) for w in words)
+
 def _checksums(folder):
     return {f.name: hashlib.file_digest(f.open('rb'), 'sha256').hexdigest() for f in sorted(folder.iterdir()) if f.name != 'state.json'}
 
@@ -230,9 +239,9 @@ def save_checkpoint(
         torch.save(optimizer.state_dict(), beside/'optimizer.pt')
         write_atomic(beside/'state.json', json.dumps(dict(step=step, tokens=tokens, sha256=_checksums(beside))))
         os.replace(beside, final)
-    except (OSError, RuntimeError) as e:                                       # torch and safetensors report a full disk as RuntimeError or their own OSError
+    except Exception as e:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(e, OSError) and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(e, RuntimeError) and shutil.disk_usage(folder).free > 2**28: raise
+        if not _out_of_space(e): raise
         raise BadInput(f'no space left for the checkpoint of step {step} in {folder}; the last good checkpoint is kept: free some space and start the same run again.') from e
     for old in sorted(p for p in (folder/'checkpoints').iterdir() if p.name.isdigit())[:-2]: shutil.rmtree(old)
     return final
@@ -297,7 +306,8 @@ def train(
     material = material or prepare(config)
     folder = work_path('runs', run_id(config, material.fingerprint))
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/'lock'), _terminated() as stop:
+    first = os.environ.get('RANK', '0') == '0'                                  # one lock a run: a second job waits, the ranks of one job do not
+    with FileLock(folder/'lock') if first else contextlib.nullcontext(), _terminated() as stop:
         if not is_done(folder): _train(config, material, folder, bar, stop)
     return folder
 
@@ -388,8 +398,9 @@ def close_record(folder, model, tokens, log, timing):
     beside = folder/'weights.unfinished'
     shutil.rmtree(beside, ignore_errors=True); shutil.rmtree(folder/'weights', ignore_errors=True)
     try: model.save_pretrained(beside); os.replace(beside, folder/'weights')
-    except OSError as e:
+    except Exception as e:
         shutil.rmtree(beside, ignore_errors=True)
+        if not _out_of_space(e): raise
         raise BadInput(f'no space left for the final weights in {folder}; free some space and start the same run again.') from e
     write_atomic(folder/'done.json', json.dumps(dict(tokens=tokens, metrics_sha256=hashlib.sha256((folder/'metrics.jsonl').read_bytes()).hexdigest())))
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)

@@ -1,0 +1,235 @@
+"The loop: same config, same numbers; stopped in any way, it goes on to the same record."
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from t2ianalysis import training
+from t2ianalysis.data import BadInput, data_path
+from t2ianalysis.models import load_lm, load_text_tokenizer
+from t2ianalysis.sequences import Kind
+from t2ianalysis.training import Diverged, ensure_runs, is_done, load_run, load_runs, make_config, prepare, run_id, token_losses, train
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "A language model of 150,000 random parameters with the bundled text tokenizer, and a place for stores that the module shares."
+    folder = tmp_path_factory.mktemp('tiny')
+    tokenizer = load_text_tokenizer('bundled')
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder/'lm')
+    tokenizer.save_pretrained(folder/'lm')
+    return folder
+
+
+@pytest.fixture
+def work(tiny, tmp_path, monkeypatch):
+    "An empty folder for runs; the stores are shared."
+    (tiny/'stores').mkdir(exist_ok=True)
+    (tmp_path/'stores').symlink_to(tiny/'stores')
+    monkeypatch.setenv('T2I_WORK', str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def config(tiny):
+    return make_config('smoke', lm=str(tiny/'lm'), pairs=48, steps=12, batch=4, eval_every=4, eval_pairs=8, checkpoint_every=3)
+
+
+def metrics(folder): return (folder/'metrics.jsonl').read_text()
+
+
+def command(config, work):
+    "The same run in a process of its own."
+    code = 'import json, sys; from t2ianalysis.training import Config, train; train(Config(**json.loads(sys.argv[1])))'
+    return subprocess.Popen([sys.executable, '-c', code, json.dumps(config.__dict__)], env=dict(os.environ, T2I_WORK=str(work)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, f'{path} never came'
+        time.sleep(0.002)
+
+
+def test_kill_9_and_sigterm_leave_the_same_record(work, config, tmp_path_factory, monkeypatch):
+    config = replace(config, steps=240, eval_every=80, checkpoint_every=10)
+    whole = train(config)
+    elsewhere = tmp_path_factory.mktemp('killed')
+    (elsewhere/'stores').symlink_to((work/'stores').resolve())
+    folder = elsewhere/'runs'/whole.name
+    process = command(config, elsewhere)
+    wait_for(folder/'checkpoints'/'00000020', process)
+    process.kill(); process.wait()
+    assert not (folder/'done.json').exists()
+    with pytest.raises(BadInput, match='no finished run'): load_run(folder)
+    process = command(config, elsewhere)
+    wait_for(folder/'checkpoints'/'00000060', process)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate()[0]
+    assert process.returncode == 1 and 'stopped at step' in out and 'Traceback' not in out
+    stopped = max(int(p.name) for p in (folder/'checkpoints').iterdir())
+    assert f'stopped at step {stopped}' in out                                   # SIGTERM checkpoints where it stops
+    monkeypatch.setenv('T2I_WORK', str(elsewhere))
+    assert train(config) == folder and metrics(folder) == metrics(whole)
+    for name in ('model.safetensors', 'config.json'): assert (folder/'weights'/name).read_bytes() == (whole/'weights'/name).read_bytes()
+
+
+def test_same_config_same_numbers_and_never_twice(work, config, monkeypatch):
+    folder = train(config)
+    first = metrics(folder)
+    monkeypatch.setattr(training, '_train', lambda *a: pytest.fail('trained twice'))
+    assert train(config) == folder
+    monkeypatch.undo(); monkeypatch.setenv('T2I_WORK', str(work))
+    (folder/'done.json').unlink(); (folder/'metrics.jsonl').unlink()
+    assert metrics(train(config)) == first
+
+
+def test_a_changed_config_or_other_data_is_another_run(config):
+    facts = dict(train='a', validation='b', lm='c')
+    ids = {run_id(config, facts), run_id(replace(config, lr=1e-4), facts), run_id(config, facts | dict(train='z')), run_id(config, facts | dict(lm='z'))}
+    assert len(ids) == 4
+
+
+def test_accumulation_does_not_change_the_losses(work, config):
+    def losses(accumulation):
+        lines = map(json.loads, metrics(train(replace(config, accumulation=accumulation))).splitlines())
+        return [(x['total'], x['text'], x['image'], x['n_total']) for x in lines]
+    for a, b in zip(losses(1), losses(4)): assert a == pytest.approx(b, abs=2e-6)
+
+
+def test_loss_by_kind_is_the_plain_cross_entropy(work, config):
+    material = prepare(config, progress=False)
+    model = training.widen(load_lm(config.lm), material.train.vocab).eval()
+    batch = material.train.batch([0, 1, 2])
+    with torch.no_grad(): got = training.means(training.sums_by_kind(token_losses(model, batch), batch.label_kind))
+    vocab, sums = material.train.vocab, {Kind.TEXT: [], Kind.IMAGE: [], Kind.SPECIAL: []}
+    for number in (0, 1, 2):                                                     # one sequence at a time, without padding
+        ids = torch.tensor([material.train[number]])
+        with torch.no_grad(): logp = model(ids).logits[0].log_softmax(-1)
+        for t in range(1, ids.shape[1]): sums[int(vocab.kinds(ids[0, t:t+1]))].append(-logp[t-1, ids[0, t]].item())
+    for name, kind in dict(text=Kind.TEXT, image=Kind.IMAGE, special=Kind.SPECIAL).items():
+        assert got[name] == pytest.approx(sum(sums[kind]) / len(sums[kind]), abs=1e-4) and got[f'n_{name}'] == len(sums[kind])
+    assert got['n_image'] == 3 * 64 and got['n_special'] == 3 * 5                  # <doc> is given; </doc> <text> </text> <image> </image> are predicted
+
+
+def test_training_learns_the_pairs(work, config):
+    frame = load_run(train(replace(config, pairs=4, steps=60, eval_every=60, lr=1e-2)))
+    loss = frame[frame.split == 'train'].pivot_table(index='step', columns='kind', values='loss')
+    assert loss.image.iloc[-1] < 0.6 * loss.image.iloc[0] and loss.text.iloc[-1] < 0.6 * loss.text.iloc[0]
+
+
+def test_arms_share_the_batches_and_nothing_else(work, config):
+    material = prepare(config, progress=False)
+    a, b = (training.start(replace(config, init=init), material, work/init, training.fresh_accelerator(config))[0] for init in ('pretrained', 'random'))
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        if p.ndim == 2: assert abs(torch.corrcoef(torch.stack([p.flatten(), q.flatten()]))[0, 1]) < 0.05, name
+    frame = ensure_runs([replace(config, init=init) for init in ('pretrained', 'random')], progress=False)
+    tokens = frame[(frame.split == 'train') & (frame.kind == 'text')].pivot_table(index='step', columns='init', values='count')
+    assert (tokens.pretrained == tokens.random).all() and tokens.pretrained.nunique() > 1
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(work, config, monkeypatch):
+    calls, real = [], token_losses
+    def broken(model, batch):
+        calls.append(model.training)
+        return real(model, batch) * (float('nan') if sum(calls) == 8 else 1)
+    monkeypatch.setattr(training, 'token_losses', broken)
+    with pytest.raises(Diverged, match='not a number at step 8 of .* try a lower lr'): train(config)
+    folder, = (work/'runs').glob('*-s0-*')
+    assert not (folder/'done.json').exists() and training.find_checkpoint(folder).name == '00000006'
+    assert all(torch.isfinite(p).all() for p in load_lm(str(training.find_checkpoint(folder))).parameters())
+
+
+def stopped_at(step, config, monkeypatch):
+    "Train, but die just before the update of a step."
+    class Died(Exception): pass
+    real = training.lr_at
+    def mortal(c, s):
+        if s == step: raise Died
+        return real(c, s)
+    with monkeypatch.context() as m, pytest.raises(Died): m.setattr(training, 'lr_at', mortal); train(config)
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.pt', 'state.json'])
+def test_a_damaged_checkpoint_is_set_aside(work, config, monkeypatch, capsys, name):
+    stopped_at(8, config, monkeypatch)
+    folder, = (work/'runs').glob('*-s0-*')
+    file = folder/'checkpoints'/'00000006'/name
+    raw = bytearray(file.read_bytes()); raw[len(raw) // 2] ^= 255; file.write_bytes(raw)
+    assert training.find_checkpoint(folder).name == '00000003' and 'damaged' in capsys.readouterr().out
+    damaged = metrics(train(config))
+    (folder/'done.json').unlink(); (folder/'metrics.jsonl').unlink()
+    assert damaged == metrics(train(config))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(work, config, monkeypatch):
+    stopped_at(5, config, monkeypatch)
+    folder, = (work/'runs').glob('*-s0-*')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))              # no file may grow beyond 200 kB: the weights do not fit
+    try:
+        with pytest.raises(BadInput, match='no space left for the checkpoint of step 6 .* start the same run again'): train(config)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in (folder/'checkpoints').iterdir()] == ['00000003']
+    assert is_done(train(config))
+
+
+def test_records_are_whole_or_refused(work, config):
+    folder = train(config)
+    frame = load_runs()
+    assert set(frame.columns) >= {'run_id', 'preset', 'lm', 'init', 'seed', 'step', 'tokens', 'split', 'kind', 'loss', 'count'}
+    assert sorted(frame[frame.split == 'validation'].step.unique()) == [0, 4, 8, 12] and sorted(frame[frame.split == 'train'].step.unique()) == list(range(1, 13))
+    assert json.loads((folder/'environment.json').read_text())['torch'] == torch.__version__
+    (folder/'metrics.jsonl').write_text(metrics(folder).replace('"total": ', '"total": 1', 1))
+    with pytest.raises(BadInput, match='damaged'): load_run(folder)
+    with pytest.raises(BadInput, match='damaged'): train(config)
+    (folder/'done.json').unlink()
+    with pytest.raises(BadInput, match='no finished run'): load_runs()
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(preset='labtop'), "preset='labtop' is unknown; .* Did you mean 'laptop'"), (dict(stepz=3), "stepz=3 is unknown. Did you mean 'steps'"),
+    (dict(steps=0), 'steps=0 must be above zero'), (dict(batch=-4), 'batch=-4 must be above zero'), (dict(lr=0.0), 'lr=0.0 must be above zero'),
+    (dict(lr=-1e-3), 'lr=-0.001 must be above zero'), (dict(lr=float('nan')), 'lr=nan must be above zero'), (dict(steps='many'), 'steps=.many. is of type str'),
+    (dict(init='pretrain'), "Did you mean 'pretrained'"), (dict(batch=6, accumulation=4), 'make it a multiple'), (dict(precision='fp8'), 'give one of fp32, bf16'),
+])
+def test_bad_values_are_one_sentence(changes, words):
+    with pytest.raises(BadInput, match=words) as e: make_config(**changes)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(lm='nowhere'), "lm='nowhere' is no folder"), (dict(lm='./nowhere'), "lm='./nowhere' is no folder"), (dict(data='nowhere'), 'nowhere'),
+    (dict(image_tokenizer='nowhere'), "image_tokenizer='nowhere'"), (dict(px=60), '8'), (dict(length=50), 'length=50 is too short for an image of 64 codes; give at least 70'),
+])
+def test_bad_names_fail_before_anything_is_trained(work, config, changes, words):
+    with pytest.raises(BadInput, match=words) as e: ensure_runs([replace(config, **changes)], progress=False)
+    assert '\n' not in str(e.value) and not (work/'runs').exists()
+
+
+def test_two_processes_train_a_run_once(work, config):
+    config = replace(config, seed=5)
+    both = [command(config, work) for _ in range(2)]
+    assert [p.wait(timeout=180) for p in both] == [0, 0]
+    folder, = (work/'runs').glob('*-s5-*')
+    assert is_done(folder) and len((folder/'metrics.jsonl').read_text().splitlines()) == 12 + 4
+
+
+def test_the_bundled_model_is_pretrained(work):
+    "Its caption loss at step 0 lies clearly below its random twin's."
+    frame = ensure_runs([make_config('smoke', init=init, steps=1, eval_pairs=64) for init in ('pretrained', 'random')], progress=False)
+    text = frame[(frame.split == 'validation') & (frame.step == 0) & (frame.kind == 'text')].set_index('init').loss
+    assert text.pretrained < text.random - 1.0
+    assert Path(data_path('language_model', 'model.safetensors')).stat().st_size < 16e6
