@@ -27,7 +27,12 @@ lab: setup        ## JupyterLab on the notebooks
 prepare: setup    ## after editing a notebook: clean, export, README
 	$(BIN)/nbdev_clean
 	rm -rf t2ianalysis && $(BIN)/nbdev_export
-	$(BIN)/python -m jupyter nbconvert --to markdown --stdout nbs/index.ipynb > README.md
+	$(MAKE) README.md
+
+README.md: nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_input_tags=hide_input nbs/index.ipynb | sed 's#](../#](#g' | cat -s > $@.new
+	mv $@.new $@
 
 clean:            ## forget everything that can be made again
 	rm -rf runs stores dist build *.egg-info

@@ -122,7 +122,7 @@ def test_the_names_decide_the_new_rows(family, tied):
 def test_a_wide_model_answers_in_the_joint_vocabulary(family):
     model = build(family)
     ids = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
-    before = model(input_ids=ids).logits
+    with torch.no_grad(): before = model(input_ids=ids).logits
     logits = widen(model, vocab)(input_ids=torch.cat([ids, torch.full((2, 1), vocab.size - 1)], 1)).logits
     assert logits.shape == (2, 10, vocab.size) and logits.isfinite().all()
     assert torch.allclose(logits[:, :9, :V], before, atol=1e-5)                            # text is understood as before
@@ -183,7 +183,8 @@ def test_open_lm_initialisation(family, folders):
     model, plain = load_lm(str(folders/family), 'open_lm'), load_lm(str(folders/family), 'random')
     seen = 0
     def check(weight, std):
-        assert abs(weight.std() / std - 0.9866) < 0.06 and weight.abs().max() <= 3 * std and weight.abs().max() > 2 * std  # 0.9866: what is left of a normal cut at three
+        assert abs(weight.std() / std - 0.9866) < 4.5 / math.sqrt(2 * weight.numel())       # 0.9866: what is left of a normal cut at three
+        assert 2 * std < weight.abs().max() <= 3 * std
     for layer, block in enumerate(blocks(model)):
         for name, m in block.named_modules():
             if not isinstance(m, (nn.Linear, Conv1D)): continue
@@ -267,7 +268,6 @@ def test_parameters_add_up(family, tied):
 def test_blocks_are_the_layers(family):
     model = build(family)
     assert [type(b).__name__ for b in blocks(model)] == [LAYER_CLASS[family]] * LAYERS
-    assert len(blocks(build(family, **({'n_layer': 1} if family == 'gpt2' else {})))) == (1 if family == 'gpt2' else LAYERS)
 
 
 def test_no_layers_is_said():

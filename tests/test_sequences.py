@@ -203,7 +203,7 @@ def test_a_damaged_cache_is_made_again(store, text_tokenizer, damage):
 def test_another_text_tokenizer_has_a_cache_of_its_own(store, text_tokenizer):
     other = type(text_tokenizer)(tokenizer_object=type(text_tokenizer.backend_tokenizer).from_str(text_tokenizer.backend_tokenizer.to_str()))
     assert text_fingerprint(other) == text_fingerprint(text_tokenizer)
-    other.add_tokens(['red fish'])
+    other.add_tokens(['a red fish'])
     assert text_fingerprint(other) != text_fingerprint(text_tokenizer)
     first, second = caption_ids(store, text_tokenizer), caption_ids(store, other)
     assert len(list(store.folder.glob('captions-*.bin'))) == 2 and len(second[0]) < len(first[0])
