@@ -6,6 +6,11 @@
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'BadInput', 'nearest', 'home', 'data_path', 'work_path', 'cache_path', 'write_atomic',
            'in_validation', 'square', 'decode_image', 'Captions', 'load_captions', 'contact_sheet']
 
+# %% ../nbs/00_data.ipynb #14501220
+import warnings
+
+warnings.filterwarnings('ignore', message='IProgress not found')  # bars here are text: widget bars freeze in static pages
+
 # %% ../nbs/00_data.ipynb #9e212331
 import difflib
 import glob

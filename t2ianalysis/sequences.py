@@ -7,6 +7,9 @@ __all__ = ['SPECIALS', 'LAYOUTS', 'Kind', 'Vocab', 'document', 'read_document', 
            'caption_ids', 'order', 'Sequences']
 
 # %% ../nbs/02_sequences.ipynb #50b52d6f
+from .data import BadInput, nearest, write_atomic
+
+# %% ../nbs/02_sequences.ipynb #9e34d296
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +19,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .data import BadInput, nearest, write_atomic
 from .tokenizers import TokenStore
 
 # %% ../nbs/02_sequences.ipynb #c7388fe9
@@ -43,7 +45,7 @@ class Vocab:
         ids: torch.Tensor,  # int64, any shape
     ) -> torch.Tensor:  # int8, same shape: `Kind` of each id
         "The kind of every token; the one place where ids are told apart."
-        kind = torch.full(ids.shape, Kind.SPECIAL, dtype=torch.int8)
+        kind = torch.full_like(ids, Kind.SPECIAL, dtype=torch.int8)
         kind[ids < self.text] = Kind.TEXT
         kind[ids >= self.image] = Kind.IMAGE
         kind[ids == self.special('<pad>')] = Kind.PAD
@@ -127,13 +129,14 @@ def caption_ids(
     tokenizer,  # a Hugging Face text tokenizer
 ) -> list[np.ndarray]:  # int32 token ids of each caption, no special tokens
     "The store's captions under a text tokenizer, from the cached file when it is whole."
-    file = store.folder/f'captions-{store.fingerprint[:8]}-{text_fingerprint(tokenizer)}.bin'
-    raw = np.fromfile(file, dtype=np.int32) if file.exists() else np.empty(0, np.int32)
-    n = len(store)
-    if len(raw) < n or len(raw) != n + raw[:n].sum():
+    file, n = store.folder/f'captions-{store.fingerprint[:8]}-{text_fingerprint(tokenizer)}.bin', len(store)
+    content = file.read_bytes() if file.exists() else b''
+    if len(content) < 32 or hashlib.sha256(content[32:]).digest() != content[:32]:           # the first 32 bytes are the checksum of the rest
         ids = tokenizer(store.captions, add_special_tokens=False)['input_ids']
-        raw = np.array([len(i) for i in ids] + [t for i in ids for t in i], dtype=np.int32)
-        write_atomic(file, raw.tobytes())
+        data = np.array([len(i) for i in ids] + [t for i in ids for t in i], dtype=np.int32).tobytes()
+        content = hashlib.sha256(data).digest() + data
+        write_atomic(file, content)
+    raw = np.frombuffer(content[32:], dtype=np.int32)
     return np.split(raw[n:], np.cumsum(raw[:n])[:-1])
 
 # %% ../nbs/02_sequences.ipynb #cd1ea6de

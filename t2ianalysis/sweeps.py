@@ -104,8 +104,9 @@ def run_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     running = out.with_suffix(f'.running-{os.getpid()}.ipynb')
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if progress else {}
+    quiet = ['--IPKernelApp.log_level=40']                                      # the kernel's own warnings are not the notebook's
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    try: papermill.execute_notebook(str(source), str(running), parameters=parameters, kernel_name='python3', progress_bar=False, **streams)
+    try: papermill.execute_notebook(str(source), str(running), parameters=parameters, kernel_name='python3', progress_bar=False, extra_arguments=quiet, **streams)
     except papermill.PapermillExecutionError as e: raise _explain(e, running, out) from e
     tidy_notebook(running)
     os.replace(running, out)

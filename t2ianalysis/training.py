@@ -9,6 +9,9 @@ __all__ = ['PRESETS', 'KINDS', 'Config', 'make_config', 'check_config', 'Materia
            'close_record', 'load_run', 'load_runs', 'ensure_runs']
 
 # %% ../nbs/04_training.ipynb #dda85a62
+from .data import BadInput, home, load_captions, nearest, work_path, write_atomic
+
+# %% ../nbs/04_training.ipynb #0e8c3378
 import contextlib
 import dataclasses
 import errno
@@ -35,7 +38,6 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from . import __version__
-from .data import BadInput, home, load_captions, nearest, work_path, write_atomic
 from .models import fingerprint_lm, load_config, load_lm, load_text_tokenizer, seed_of, widen
 from .sequences import LAYOUTS, Batch, Kind, Sequences, order
 from .tokenizers import load_image_tokenizer, tokenize_captions
@@ -282,10 +284,10 @@ class Log:
     "Appends JSON lines; on resume it forgets lines after the checkpoint."
     def __init__(self,
         path: Path,
-        step: int = 0,  # keep lines up to this step
+        step: int = 0,  # keep lines up to this step; 0: none
     ):
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text().splitlines() if step and path.exists() else []:
             with contextlib.suppress(ValueError):                              # the last line of a killed process may be cut
                 if json.loads(line)['step'] <= step: kept.append(line)
         write_atomic(path, ''.join(f'{line}\n' for line in kept))

@@ -162,6 +162,15 @@ def stopped_at(step, config, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(Died): m.setattr(training, 'lr_at', mortal); train(config)
 
 
+def test_a_death_before_the_first_checkpoint_leaves_no_trace(work, config, monkeypatch):
+    stopped_at(2, config, monkeypatch)
+    folder, = (work/'runs').glob('*-s0-*')
+    assert len(metrics(folder).splitlines()) == 3
+    again = metrics(train(config))
+    (folder/'done.json').unlink(); (folder/'metrics.jsonl').unlink()
+    assert again == metrics(train(config))
+
+
 @pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.pt', 'state.json'])
 def test_a_damaged_checkpoint_is_set_aside(work, config, monkeypatch, capsys, name):
     stopped_at(8, config, monkeypatch)
