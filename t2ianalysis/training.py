@@ -55,7 +55,7 @@ class Config:
     pairs: int = 0                  # training pairs at most; 0: all
     layout: str = 'text-image'      # 'text-image' or 'image'
     length: int = 160               # tokens a sequence at most
-    steps: int = 300                # optimizer steps
+    steps: int = 240                # optimizer steps
     batch: int = 16                 # sequences a step, over all processes and accumulation
     accumulation: int = 1           # parts that a process's share of the batch is computed in
     lr: float = 1e-3                # peak learning rate, AdamW
@@ -66,9 +66,9 @@ class Config:
     clip: float = 1.0               # largest gradient norm
     precision: str = 'fp32'         # 'fp32' or 'bf16'
     seed: int = 0                   # names the order of the data, new rows and random weights
-    eval_every: int = 25            # steps between evaluations
-    eval_pairs: int = 384           # validation pairs
-    checkpoint_every: int = 100     # steps between checkpoints
+    eval_every: int = 30            # steps between evaluations
+    eval_pairs: int = 256           # validation pairs
+    checkpoint_every: int = 60      # steps between checkpoints
 
     def _repr_markdown_(self):
         other = {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(PRESETS[self.preset], k)}
