@@ -106,7 +106,7 @@ def run_notebook(
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if progress else {}
     quiet = ['--IPKernelApp.log_level=40']                                      # the kernel's own warnings are not the notebook's
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    try: papermill.execute_notebook(str(source), str(running), parameters=parameters, kernel_name='python3', progress_bar=False, extra_arguments=quiet, **streams)
+    try: papermill.execute_notebook(str(source), str(running), parameters=parameters, kernel_name='python3', language='python', progress_bar=False, extra_arguments=quiet, **streams)
     except papermill.PapermillExecutionError as e: raise _explain(e, running, out) from e
     tidy_notebook(running)
     os.replace(running, out)
