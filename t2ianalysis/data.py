@@ -38,6 +38,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 import t2ianalysis
 
 # %% ../nbs/00_data.ipynb #a7ad4812
+datasets.disable_progress_bars()  # reading a file is quick and cached; the bars that matter are our own
+
 class BadInput(ValueError):
     "What the user gave cannot be used; the message names field, value and remedy"
 
