@@ -8,6 +8,7 @@ __all__ = ['notebooks', 'find_notebook', 'parameters_of', 'check_parameters', 'p
 
 # %% ../nbs/09_sweeps.ipynb #8a3d8f45
 import ast
+import contextlib
 import logging
 import os
 import sys
@@ -114,8 +115,11 @@ def run_notebook(
 
 # %% ../nbs/09_sweeps.ipynb #7aabb951
 def _explain(error, running, out):
-    "The failed notebook is kept; a mistake of the user's comes back as one sentence."
+    "A mistake of the user's comes back as one sentence and leaves no notebook; any other failed one is kept."
+    if error.ename in ('BadInput', 'Diverged'):                                  # a loss that is not a number comes with its remedy too
+        running.unlink()
+        with contextlib.suppress(OSError): out.parent.rmdir()                   # only if it is empty
+        return BadInput(error.evalue)
     failed = out.with_suffix('.failed.ipynb')
     tidy_notebook(running); os.replace(running, failed)
-    if error.ename == 'BadInput': return BadInput(error.evalue)
     return RuntimeError(f'{error.ename}: {error.evalue} (the notebook with the error marked: {failed})')

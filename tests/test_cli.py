@@ -65,6 +65,13 @@ def test_a_finding_end_to_end(tmp_path_factory):
     assert sorted((r['init'], r['seed']) for r in records) == [('pretrained', 0), ('pretrained', 1), ('random', 0), ('random', 1)]
 
 
+def test_a_mistake_inside_a_finding_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('T2I_WORK', str(tmp_path))
+    assert t2i('finding', 'loss_breakdown', '--preset', 'labtop', monkeypatch=monkeypatch) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("t2i: preset='labtop' is unknown") and not any('Traceback' in line for line in err) and not list((tmp_path/'runs').iterdir())
+
+
 def test_a_failing_notebook_is_kept_with_its_error(tmp_path):
     cells = [nbformat.v4.new_code_cell('n = 1', metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell('print("before"); 1 / (n - 1)')]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'divide.ipynb')
