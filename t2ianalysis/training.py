@@ -362,7 +362,7 @@ def _train(config, material, folder, bar, stop):
             line = means(sums); seconds = time.perf_counter() - t0
             log.write(step=done, split='train', tokens=tokens, lr=round(lr_at(config, step), 10), grad_norm=round(float(norm), 6), **line)
             timing.write(step=done, seconds=round(seconds, 4), tokens_per_second=round(count / seconds, 1))
-        if bar is not None: bar.update(1); bar.set_postfix_str(f'{config.init} seed {config.seed}: loss {line["total"]:.3f}', refresh=False)
+            if bar is not None: bar.update(1); bar.set_postfix_str(f'{config.init} seed {config.seed}: loss {line["total"]:.3f}', refresh=False)
         if done % config.eval_every == 0 or done == config.steps:
             result = evaluate(accelerator, model, material.valid, config.batch)
             if main: log.write(step=done, split='validation', tokens=tokens, **result)
