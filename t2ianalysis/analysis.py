@@ -86,7 +86,7 @@ def _select(
     return rows
 
 # %% ../nbs/07_analysis.ipynb #fbc2f7a3
-FREE = ('run_id', 'init', 'seed', 'checkpoint_every', 'step', 'tokens', 'split', 'kind', 'loss', 'count')  # columns in which runs may differ
+FREE = ('run_id', 'init', 'seed', 'checkpoint_every', 'keep', 'step', 'tokens', 'split', 'kind', 'loss', 'count')  # columns in which runs may differ
 
 def check_complete(
     frame,                    # table of runs

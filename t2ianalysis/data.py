@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'BadInput', 'nearest', 'home', 'data_path', 'work_path', 'cache_path', 'write_atomic',
-           'in_validation', 'square', 'decode_image', 'Captions', 'load_captions', 'contact_sheet']
+           'in_validation', 'square', 'decode_image', 'Captions', 'load_captions', 'load_prose', 'contact_sheet']
 
 # %% ../nbs/00_data.ipynb #14501220
 import warnings
@@ -34,6 +34,7 @@ import huggingface_hub
 import numpy as np
 from datasets.utils.file_utils import xopen
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from pyarrow import parquet
 
 import t2ianalysis
 
@@ -552,6 +553,21 @@ def load_captions(
     captions = Captions(str(source), split, int(px), spec, data, found, _total(data))
     if next(_rows(captions, data, 0), None) is None: raise BadInput(f'source {str(source)!r} has no rows: {_GIVE}')
     return captions
+
+# %% ../nbs/00_data.ipynb #6d4057b3
+def load_prose(
+    prose: str = 'english',  # 'english' (the shipped sample), or a UTF-8 text file with an empty line between paragraphs
+    split: str = 'train',    # 'train' or 'validation'
+) -> list[str]:              # paragraphs
+    "Paragraphs of plain text; of the shipped sample, the validation side was held out from the bundled language model's pre-training"
+    if split not in ('train', 'validation'): raise BadInput(f"split is {split!r}: give train or validation.{nearest(split, ('train', 'validation'))}")
+    if prose == 'english':
+        return [row['text'] for row in parquet.read_table(data_path('english.parquet'), columns=['text', 'split']).to_pylist() if row['split'] == split]
+    try: paragraphs = [' '.join(p.split()) for p in re.split(r'\n\s*\n', Path(prose).expanduser().read_text(encoding='utf-8'))]
+    except (OSError, UnicodeDecodeError) as e: raise BadInput(f"prose is {prose!r}, which is neither 'english' nor a UTF-8 text file ({type(e).__name__}): give one of the two") from e
+    found = [p for p in paragraphs if p and in_validation(p) == (split == 'validation')]
+    if not found: raise BadInput(f'prose {prose!r} has no paragraph on the {split} side: give a longer file')
+    return found
 
 # %% ../nbs/00_data.ipynb #79293cea
 def contact_sheet(

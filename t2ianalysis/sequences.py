@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'LAYOUTS', 'Kind', 'Vocab', 'document', 'read_document', 'Batch', 'collate', 'text_fingerprint',
-           'caption_ids', 'order', 'Sequences']
+           'caption_ids', 'order', 'Sequences', 'Prose']
 
 # %% ../nbs/02_sequences.ipynb #50b52d6f
 from .data import BadInput, nearest, write_atomic
@@ -26,7 +26,7 @@ SPECIALS = ('<doc>', '</doc>', '<text>', '</text>', '<image>', '</image>', '<pad
 
 class Kind(IntEnum):
     "What a position holds. Loss breakdown, masks and sampling limits all read this and nothing else."
-    PAD, SPECIAL, TEXT, IMAGE = range(4)
+    PAD, SPECIAL, TEXT, IMAGE, PROSE = range(5)  # TEXT: of a caption; PROSE: plain text without an image
 
 # %% ../nbs/02_sequences.ipynb #4bcf1328
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Batch:
     def to(self, device): return Batch(self.ids.to(device), self.kind.to(device))
 
     def _repr_html_(self):
-        colours = {Kind.PAD: '#eeeeee', Kind.SPECIAL: '#888888', Kind.TEXT: '#e69f00', Kind.IMAGE: '#56b4e9'}
+        colours = {Kind.PAD: '#eeeeee', Kind.SPECIAL: '#888888', Kind.TEXT: '#e69f00', Kind.IMAGE: '#56b4e9', Kind.PROSE: '#cc79a7'}
         cell = lambda k: f'<span style="display:inline-block;width:7px;height:12px;background:{colours[Kind(k)]}"></span>'
         key = ' '.join(f'{cell(k)} {k.name.lower()}' for k in Kind)
         return '<div style="line-height:13px">' + '<br>'.join(''.join(cell(k) for k in row.tolist()) for row in self.kind[:16]) + f'<br><br>{key}</div>'
@@ -108,11 +108,14 @@ class Batch:
 def collate(
     vocab: Vocab,
     documents: list[list[int]],  # token ids of each sequence
+    prose: Sequence[int] = (),  # which of them are plain text
 ) -> Batch:  # (B, longest)
     "Pad sequences on the right to the longest of them."
     ids = torch.full((len(documents), max(map(len, documents))), vocab.special('<pad>'), dtype=torch.long)
     for row, doc in zip(ids, documents): row[:len(doc)] = torch.tensor(doc)
-    return Batch(ids, vocab.kinds(ids))
+    kind = vocab.kinds(ids)
+    for i in prose: kind[i][kind[i] == Kind.TEXT] = Kind.PROSE
+    return Batch(ids, kind)
 
 # %% ../nbs/02_sequences.ipynb #827aa9d3
 def text_fingerprint(
@@ -174,5 +177,21 @@ class Sequences:
 
     def __len__(self): return len(self.store)
     def __getitem__(self, i) -> list[int]: return document(self.vocab, self.captions[i], self.store.codes[i], self.length, self.layout)[0]
+    def without_caption(self, i) -> list[int]: return document(self.vocab, [], self.store.codes[i], self.length, self.layout)[0]
     def batch(self, numbers: list[int]) -> Batch: return collate(self.vocab, [self[i] for i in numbers])
     def __repr__(self): return f'Sequences({len(self):,} documents, {self.layout}, at most {self.length} tokens, {self.shortened:,} captions shortened)'
+
+# %% ../nbs/02_sequences.ipynb #595d0b3d
+class Prose:
+    "Paragraphs of plain text as token ids."
+    def __init__(self,
+        paragraphs: list[str],
+        text_tokenizer,  # a Hugging Face text tokenizer
+        length: int,  # tokens at most, with the end tokens
+    ):
+        end = [] if text_tokenizer.eos_token_id is None else [text_tokenizer.eos_token_id]
+        self.documents = [(end + ids)[:length - len(end)] + end for ids in text_tokenizer(paragraphs, add_special_tokens=False)['input_ids']]
+        self.fingerprint = hashlib.sha256(repr(self.documents).encode()).hexdigest()
+
+    def __len__(self): return len(self.documents)
+    def __getitem__(self, i) -> list[int]: return self.documents[i]

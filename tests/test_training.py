@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2ianalysis import training
 from t2ianalysis.data import BadInput, data_path
 from t2ianalysis.models import load_lm, load_text_tokenizer
 from t2ianalysis.sequences import Kind
-from t2ianalysis.training import Diverged, ensure_runs, is_done, load_run, load_runs, make_config, prepare, run_id, token_losses, train
+from t2ianalysis.training import Diverged, documents_at, ensure_runs, is_done, kept, load_run, load_runs, make_config, prepare, run_id, token_losses, train
 
 
 @pytest.fixture(scope='module')
@@ -83,7 +84,7 @@ def test_kill_9_and_sigterm_leave_the_same_record(work, config, tmp_path_factory
     assert f'stopped at step {stopped}' in out                                   # SIGTERM checkpoints where it stops
     monkeypatch.setenv('T2I_WORK', str(elsewhere))
     assert train(config) == folder and metrics(folder) == metrics(whole)
-    for name in ('model.safetensors', 'config.json'): assert (folder/'weights'/name).read_bytes() == (whole/'weights'/name).read_bytes()
+    for name in ('model.safetensors', 'config.json'): assert (kept(folder)[240]/name).read_bytes() == (kept(whole)[240]/name).read_bytes()
 
 
 def test_same_config_same_numbers_and_never_twice(work, config, monkeypatch):
@@ -242,3 +243,52 @@ def test_the_bundled_model_is_pretrained(work):
     text = frame[(frame.split == 'validation') & (frame.step == 0) & (frame.kind == 'text')].set_index('init').loss
     assert text.pretrained < text.random - 1.0
     assert Path(data_path('language_model', 'model.safetensors')).stat().st_size < 16e6
+
+
+def test_plain_text_is_mixed_in_at_its_share_and_moves_no_pair(work, config):
+    config = replace(config, prose_share=0.25, batch=16)
+    material, plain = prepare(config, progress=False), prepare(replace(config, prose_share=0.0), progress=False)
+    drawn = [d for step in range(60) for d in documents_at(config, material, step)]
+    pairs = [d for step in range(60) for d in documents_at(replace(config, prose_share=0.0), plain, step)]
+    assert 0.2 < sum(prose for _, prose in drawn) / len(drawn) < 0.3
+    assert all(a == b for a, b in zip(drawn, pairs) if not a[1]) and drawn == [d for step in range(60) for d in documents_at(config, material, step)]
+    frame = load_run(train(config))
+    assert {'prose', 'text', 'image'} <= set(frame[frame.split == 'train'].kind) and 'prose' not in set(frame[frame.split == 'validation'].kind)
+    first = frame[(frame.split == 'train') & (frame.step == 1)].set_index('kind')['count']
+    want = documents_at(config, material, 0)
+    assert first['prose'] == sum(len(ids) - 1 for ids, prose in want if prose) and first['image'] == 64 * sum(not prose for _, prose in want)
+
+
+def test_captions_are_dropped_at_their_share(work, config):
+    config = replace(config, caption_dropout=0.25, batch=16)
+    material = prepare(config, progress=False)
+    documents = [ids for step in range(60) for ids, _ in documents_at(config, material, step)]
+    vocab = material.train.vocab
+    bare = [ids for ids in documents if ids[:3] == [vocab.special('<doc>'), vocab.special('<text>'), vocab.special('</text>')]]
+    assert 0.2 < len(bare) / len(documents) < 0.3 and all(len(ids) == 64 + 6 for ids in bare)
+
+
+def test_weights_are_kept_where_the_config_says(work, config):
+    folder = train(replace(config, keep=0))
+    assert not (folder/'weights').exists()
+    with pytest.raises(BadInput, match='has kept no weights'): kept(folder)
+    before = metrics(folder)
+    assert train(replace(config, keep=2)) == folder and list(kept(folder)) == [3, 12] and metrics(folder) == before
+    a, b = (load_lm(str(path)) for path in kept(folder.name).values())
+    assert not torch.equal(a.get_input_embeddings().weight, b.get_input_embeddings().weight)
+
+
+def test_given_rows_are_where_training_starts(work, config, tmp_path):
+    size = load_lm(config.lm).config.hidden_size
+    rows = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)) * 0.1
+    save_file({'rows': rows}, tmp_path/'rows.safetensors')
+    given = replace(config, rows=str(tmp_path/'rows.safetensors'), lr=1e-12, keep=1, weight_decay=0.0)
+    folder = train(given)
+    assert torch.allclose(load_lm(str(kept(folder)[12])).get_input_embeddings().weight[-1024:], rows, atol=1e-6)
+    assert folder != train(replace(given, rows='random'))
+    (tmp_path/'elsewhere').mkdir()
+    save_file({'rows': rows}, tmp_path/'elsewhere'/'same.safetensors')
+    assert train(replace(given, rows=str(tmp_path/'elsewhere'/'same.safetensors'))) == folder           # the content names the run, not the path
+    save_file({'rows': rows[:5]}, tmp_path/'short.safetensors')
+    with pytest.raises(BadInput, match='align the same model'): train(replace(given, rows=str(tmp_path/'short.safetensors')))
+    with pytest.raises(BadInput, match="rows='nowhere' is neither"): train(replace(given, rows='nowhere'))
