@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from PIL import Image
 from scipy import stats
 
 from .analysis import ARMS, FAILS, HOLDS, UNSURE, Interval, advantage, curves, interval, paired, signed, verdict_table
@@ -30,12 +31,12 @@ KINDS = {'total': 'All tokens', 'text': 'Text tokens', 'image': 'Image tokens', 
 DASHES, MARKERS = {'pretrained': '-', 'random': (0, (4, 1.6))}, {'pretrained': 'o', 'random': 's'}
 WORDS = {HOLDS: ('#00735c', 'o'), FAILS: ('#a3195b', 's'), UNSURE: ('#767676', 'D')}  # verdict: colour and marker
 INK, SHADE = '#2b2b2b', '#e9edf2'
-THEME = {**sns.axes_style('ticks'), **sns.plotting_context('paper'), 'font.family': 'DejaVu Sans', 'font.size': 8.5, 'axes.titlesize': 9.5,
+THEME = {**sns.axes_style('ticks'), **sns.plotting_context('paper'), 'font.family': ['DejaVu Sans', 'sans-serif'], 'font.size': 8.5, 'axes.titlesize': 9.5,
          'axes.labelsize': 8.5, 'xtick.labelsize': 8, 'ytick.labelsize': 8, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold',
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#8a8a8a', 'axes.linewidth': .8, 'axes.labelcolor': INK,
          'text.color': INK, 'xtick.color': INK, 'ytick.color': INK, 'xtick.major.width': .8, 'ytick.major.width': .8, 'xtick.major.size': 3,
          'ytick.major.size': 3, 'lines.linewidth': 1.6, 'lines.markersize': 3.6, 'figure.constrained_layout.use': True, 'figure.dpi': 86,
-         'svg.hashsalt': 't2ianalysis', 'svg.fonttype': 'path'}
+         'svg.hashsalt': 't2ianalysis', 'svg.fonttype': 'none'}  # text stays text: small files that can be searched and read aloud
 
 # %% ../nbs/08_plots.ipynb #dabec606
 def spread(
@@ -224,7 +225,7 @@ def _effect_axis(
     "A scale, linear to the smallest margin and logarithmic beyond, with ticks of 1, 2, 5 times a power of ten."
     numbers = [x for v in verdicts for x in (v.effect, v.low, v.high, *v.region) if np.isfinite(x)]
     far = max(map(abs, numbers)) or 1.
-    near = min([v.margin for v in verdicts if v.margin > 0], default=far / 10)
+    near = min([v.margin for v in verdicts if v.margin > 0], default=10 ** math.floor(math.log10(far / 3)))
     ax.set_xscale('symlog', linthresh=near, linscale=.7)
     ax.set_xlim(min(1.4 * min(numbers), -2 * near), max(1.4 * max(numbers), 2 * near))
     ticks = [near * 10**k for k in range(int(math.log10(1.4 * far / near)) + 1)]
@@ -237,6 +238,7 @@ def _effect_axis(
 # %% ../nbs/08_plots.ipynb #75b4899a
 def verdict_figure(
     verdicts,  # list of `Verdict`
+    over='seeds',  # what the intervals are over
 ) -> plt.Figure:
     "Forest plot: for each claim the effect with its interval, the region in which the claim is true, and the verdict."
     verdict_table(verdicts)  # refuses an empty list
@@ -251,7 +253,7 @@ def verdict_figure(
             ax.set_ylim(.5 - len(rows), .5)
             ax.tick_params(axis='y', length=0)
             ax.spines['left'].set_visible(False)
-        _footnote(fig, 'strip: effects for which the claim is true; bars: 90% (thick) and 95% (thin) intervals over seeds')
+        _footnote(fig, f'strip: effects for which the claim is true; bars: 90% (thick) and 95% (thin) intervals over {over}')
         plt.close(fig)
     return fig
 
@@ -260,11 +262,13 @@ def _bytes(
     fig,   # figure
     kind,  # 'svg' or 'png'
 ):
-    "A figure as bytes without dates or random names."
-    out = io.BytesIO()
+    "A figure as bytes without dates or random names; a PNG in 256 colours, a third of the size."
+    out, small = io.BytesIO(), io.BytesIO()
     meta = {'svg': {'Date': None, 'Creator': None}, 'png': {'Software': None}}[kind]
-    with mpl.rc_context(THEME): fig.savefig(out, format=kind, dpi=200, bbox_inches='tight', pad_inches=.04, facecolor='white', metadata=meta)
-    return out.getvalue()
+    with mpl.rc_context(THEME): fig.savefig(out, format=kind, dpi=160, bbox_inches='tight', pad_inches=.04, facecolor='white', metadata=meta)
+    if kind == 'svg': return out.getvalue()
+    Image.open(out).convert('RGB').quantize(256).save(small, 'PNG', optimize=True)
+    return small.getvalue()
 
 # %% ../nbs/08_plots.ipynb #b60cc019
 def save_figure(
