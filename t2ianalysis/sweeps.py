@@ -4,20 +4,28 @@
 
 # %% auto #0
 __all__ = ['notebooks', 'find_notebook', 'parameters_of', 'check_parameters', 'parse_value', 'parse_parameters', 'tidy_notebook',
-           'run_notebook']
+           'run_notebook', 'expand', 'configs_of', 'sweep']
 
 # %% ../nbs/09_sweeps.ipynb #8a3d8f45
 import ast
 import contextlib
+import dataclasses
+import hashlib
+import json
 import logging
 import os
 import sys
+import time
+from itertools import product
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
+from tqdm import tqdm
 
 from .data import BadInput, home, nearest, work_path
+from .training import Config, is_done, load_run, make_config, prepare, run_id
 
 # %% ../nbs/09_sweeps.ipynb #22baa534
 def notebooks(
@@ -123,3 +131,84 @@ def _explain(error, running, out):
     failed = out.with_suffix('.failed.ipynb')
     tidy_notebook(running); os.replace(running, failed)
     return RuntimeError(f'{error.ename}: {error.evalue} (the notebook with the error marked: {failed})')
+
+# %% ../nbs/09_sweeps.ipynb #89a861a4
+def expand(
+    grid: dict | list[dict],  # name to a value or a list of values; of several such dictionaries, one after the other
+) -> list[dict]:  # name to value
+    "Every combination of the lists in a grid, each once."
+    out = []
+    for part in [grid] if isinstance(grid, dict) else grid:
+        lists = {name: list(v) if isinstance(v, list | tuple) else [v] for name, v in part.items()}
+        empty = next((name for name, values in lists.items() if not values), None)
+        if empty: raise BadInput(f'{empty}=[] has no value to try; give at least one, or leave {empty} out.')
+        out += [p for values in product(*lists.values()) if (p := dict(zip(lists, values))) not in out]
+    if not out: raise BadInput('the grid is empty: give a dictionary of lists, for example dict(lr=[5e-4, 1e-3]).')
+    return out
+
+# %% ../nbs/09_sweeps.ipynb #4f33a672
+def configs_of(
+    parameters: dict,  # of runs/train.ipynb; None keeps the preset's value
+) -> list[Config]:
+    "The runs that `runs/train.ipynb` trains with these parameters."
+    return [make_config(**point) for point in expand(parameters)]
+
+_DATA = ('lm', 'image_tokenizer', 'data', 'px', 'pairs', 'layout', 'length', 'eval_pairs', 'rows', 'prose', 'prose_share')  # fields that `prepare` reads
+
+def _folders(
+    configs: list[Config],
+) -> list[Path]:  # there or not
+    "Where the runs of some configs are recorded."
+    prints, key = {}, lambda c: tuple(getattr(c, name) for name in _DATA)
+    for c in configs: prints[key(c)] = prints.get(key(c)) or prepare(c, progress=False).fingerprint
+    return [work_path('runs', run_id(c, prints[key(c)])) for c in configs]
+
+def _planned(
+    source: Path,  # a notebook
+    point: dict,  # its parameters
+) -> list[Config]:  # empty for a notebook whose parameters are not those of runs
+    "The runs of one setting; `BadInput` for a name or a value that cannot be."
+    check_parameters(source, point)
+    return configs_of(point) if set(parameters_of(source)) <= {f.name for f in dataclasses.fields(Config)} else []
+
+# %% ../nbs/09_sweeps.ipynb #6cc2546e
+def _run_point(
+    source: Path,
+    point: dict,
+    folders: list[Path],  # of its runs
+) -> dict:  # state, seconds
+    "Run one setting, unless its records are there; what goes wrong becomes its state."
+    begun = time.perf_counter()
+    if folders and all(is_done(f) for f in folders): return dict(state='there', seconds=0.)
+    name = f'{source.stem}-{hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]}.ipynb'
+    try: run_notebook(str(source), point, work_path('runs', point.get('preset', 'laptop'), 'sweeps', name), progress=False)
+    except (BadInput, RuntimeError) as e: state = f'failed: {e}'
+    else: state = 'done'
+    return dict(state=state, seconds=round(time.perf_counter() - begun, 1))
+
+def _rows(point, folders, outcome):
+    "One row a run with its last validation losses, or one row where no run is named."
+    if not folders: return [point | outcome]
+    rows = []
+    for values, folder in zip(expand(point), folders, strict=True):
+        run = load_run(folder).query('split == "validation"') if is_done(folder) else None
+        losses = {} if run is None else run[run.step == run.step.max()].set_index('kind').loss.to_dict()
+        rows.append(values | outcome | dict(run_id=folder.name) | losses)
+    return rows
+
+# %% ../nbs/09_sweeps.ipynb #877fe570
+def sweep(
+    notebook: str,  # a name or a path; 'train' for runs
+    grid: dict | list[dict],  # as `expand` takes it: what differs
+    fixed: dict | None = None,  # parameters given to every setting as they are, lists too
+    progress: bool = True,  # a bar over the settings
+) -> pd.DataFrame:  # parameters, state ('there', 'done' or 'failed: why'), seconds of the notebook, run_id, a column of last validation losses for each kind
+    "Run a notebook for every setting of a grid, one after the other; `BadInput` before the first if any setting is wrong."
+    source, points = find_notebook(notebook), [(fixed or {}) | p for p in expand(grid)]
+    planned = [_folders(configs) for configs in [_planned(source, p) for p in points]]
+    rows = []
+    for point, folders in zip(tqdm(points, desc='settings', unit='setting', ascii=True, mininterval=2, disable=not progress), planned, strict=True):
+        outcome = _run_point(source, point, folders)
+        if outcome['state'].startswith('failed'): tqdm.write(f'{point}: {outcome["state"]}')
+        rows += _rows(point, folders, outcome)
+    return pd.DataFrame(rows)

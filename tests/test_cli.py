@@ -26,6 +26,8 @@ def t2i(*arguments, monkeypatch):
     (['train', '--preset', 'smoke', '-p', 'lr=0'], 'lr=0.0 must be above zero'), (['train', '--preset', 'smoke', '-p', 'steps'], 'not of the form name=value'),
     (['train', '--preset', 'smoke', '-p', 'lm=./nowhere'], "lm='./nowhere' is no folder"), (['train', '--preset', 'smoke', '-p', 'data=./nowhere'], 'nowhere'),
     (['finding', 'los_breakdown'], "Did you mean 'loss_breakdown'?"), (['finding', 'loss_breakdown', '-p', 'sedes=3'], "Did you mean 'seeds'?"),
+    (['report', '--preset', 'labtop'], "preset='labtop' is unknown"), (['report', '--preset', 'smoke'], 'no finding has a record'), (['generate', 'no-such-run', 'a fish'], 'no-such-run'),
+    (['generate', 'no-such-run', 'a fish', '--top-k', '0'], 'top_k=0'),
     (['data', './nowhere'], 'nowhere'), (['tokenize', '--image-tokenizer', './nowhere'], 'nowhere'), (['tokenize', '--px', '60'], '60'), (['data', '--split', 'test'], 'split'),
 ])
 def test_a_mistake_is_one_sentence_and_status_2(arguments, words, monkeypatch, capsys):
