@@ -267,7 +267,7 @@ def _bytes(
     meta = {'svg': {'Date': None, 'Creator': None}, 'png': {'Software': None}}[kind]
     with mpl.rc_context(THEME): fig.savefig(out, format=kind, dpi=160, bbox_inches='tight', pad_inches=.04, facecolor='white', metadata=meta)
     if kind == 'svg': return out.getvalue()
-    Image.open(out).convert('RGB').quantize(256).save(small, 'PNG', optimize=True)
+    Image.open(out).convert('RGB').quantize(256).save(small, 'PNG', optimize=True, dpi=(160, 160))
     return small.getvalue()
 
 # %% ../nbs/08_plots.ipynb #b60cc019

@@ -9,7 +9,6 @@ __all__ = ['ORDER', 'record', 'Finding', 'load_findings', 'verdicts_of_all', 'wr
 import base64
 import dataclasses
 import datetime
-import io
 import json
 import math
 import re
@@ -183,12 +182,11 @@ def _embed(
     "A figure as a data URL."
     base = work_path('figures', preset, name)
     if not base.with_name(f'{name}.png').is_file(): raise BadInput(f'figure {name}.png is missing in figures/{preset}: draw the finding again.')
-    picture, webp = Image.open(base.with_name(f'{name}.png')), io.BytesIO()
-    picture.convert('RGB').save(webp, 'webp', lossless=True, method=6, quality=100)
-    forms = {'image/webp': webp.getvalue(), 'image/png': base.with_name(f'{name}.png').read_bytes()}
+    picture = Image.open(base.with_name(f'{name}.png'))
+    forms = {'image/png': base.with_name(f'{name}.png').read_bytes()}
     with suppress(OSError): forms['image/svg+xml'] = base.with_name(f'{name}.svg').read_bytes()
     mime = min(forms, key=lambda m: len(forms[m]))
-    scale = 120 / picture.info.get('dpi', (200, 200))[0]  # a quarter larger than on paper
+    scale = 120 / picture.info.get('dpi', (160, 160))[0]  # a quarter larger than on paper
     return dict(src=f'data:{mime};base64,{base64.b64encode(forms[mime]).decode()}', width=round(picture.width * scale), height=round(picture.height * scale))
 
 # %% ../nbs/12_report.ipynb #1b240f79
