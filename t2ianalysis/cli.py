@@ -78,8 +78,16 @@ def generate(run: Annotated[str, typer.Argument(help='id or folder of a trained 
              seed: Annotated[int, typer.Option(help='names the numbers that are drawn')] = 0,
              px: Annotated[int, typer.Option(help='side of each image in the picture')] = 128):
     "Make images of prompts with a trained run, as one picture."
+    import io
+    from pathlib import Path
+
+    from t2ianalysis.data import BadInput, write_atomic
     from t2ianalysis.generation import Sampling, generate_grid
-    generate_grid(run, prompts, n, Sampling(temperature, top_k, top_p, guidance, seed), px).save(out, format='PNG')
+    if not Path(out).resolve().parent.is_dir(): raise BadInput(f'out={out!r} lies in a folder that is not there; make it, or give another file.')
+    picture = io.BytesIO()
+    generate_grid(run, prompts, n, Sampling(temperature, top_k, top_p, guidance, seed), px).save(picture, format='PNG')
+    try: write_atomic(Path(out), picture.getvalue())
+    except OSError as e: raise BadInput(f'out={out!r} cannot be written ({e.strerror}); give another file.') from e
     typer.echo(f'{len(prompts)} x {n} images: {out}')
 
 # %% ../nbs/13_cli.ipynb #74114c78
