@@ -124,6 +124,7 @@ def run_notebook(
     running = out.with_suffix(f'.running-{os.getpid()}.ipynb')
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if progress else {}
     quiet = ['--IPKernelApp.log_level=40']                                      # the kernel's own warnings are not the notebook's
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:IProgress not found')        # for the kernel: bars here are text
     logging.getLogger('papermill').setLevel(logging.ERROR)
     try: papermill.execute_notebook(str(source), str(running), parameters=parameters, kernel_name='python3', language='python', progress_bar=False, extra_arguments=quiet, **streams)
     except papermill.PapermillExecutionError as e: raise _explain(e, running, out) from e
