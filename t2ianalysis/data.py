@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'BadInput', 'nearest', 'home', 'data_path', 'work_path', 'cache_path', 'write_atomic',
-           'in_validation', 'square', 'decode_image', 'Captions', 'load_captions', 'load_prose', 'contact_sheet']
+           'clear_leftovers', 'in_validation', 'square', 'decode_image', 'Captions', 'load_captions', 'load_prose',
+           'contact_sheet']
 
 # %% ../nbs/00_data.ipynb #14501220
 import warnings
@@ -105,6 +106,12 @@ def write_atomic(
         os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)
     return path
+
+def clear_leftovers(
+    folder: str | Path,  # its lock is held: nobody else writes there now
+) -> None:
+    "Delete what a `write_atomic` that was killed has left in a folder"
+    for beside in Path(folder).glob('.*-*.tmp'): beside.unlink(missing_ok=True)
 
 # %% ../nbs/00_data.ipynb #e81f6a91
 def in_validation(

@@ -7,7 +7,7 @@ __all__ = ['fingerprint_weights', 'VQTokenizer', 'check_codes', 'load_image_toke
            'TokenStore', 'store_folder', 'tokenize_captions', 'psnr', 'usage']
 
 # %% ../nbs/01_tokenizers.ipynb #7bd7d6b7
-from .data import BadInput, Captions, data_path, nearest, work_path, write_atomic
+from .data import BadInput, Captions, clear_leftovers, data_path, nearest, work_path, write_atomic
 
 # %% ../nbs/01_tokenizers.ipynb #74a462eb
 import hashlib
@@ -199,6 +199,7 @@ def store_folder(
 # %% ../nbs/01_tokenizers.ipynb #a4bbf179
 def _take_up(folder, of):
     "The state of an interrupted pass over the same data, with the files cut back to where they are whole; a damaged one begins afresh."
+    clear_leftovers(folder)
     state = fresh = dict(of=of, row=0, kept=0, code_bytes=0, caption_bytes=0, report={})
     sizes = {'codes.bin': 'code_bytes', 'captions.jsonl': 'caption_bytes'}
     try:

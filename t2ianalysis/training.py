@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'NAMELESS', 'ADDED', 'KINDS', 'Config', 'make_config', 'ch
            'is_whole', 'save_weights', 'load_run', 'load_runs', 'ensure_runs']
 
 # %% ../nbs/04_training.ipynb #dda85a62
-from .data import BadInput, home, load_captions, load_prose, nearest, work_path, write_atomic
+from .data import BadInput, clear_leftovers, home, load_captions, load_prose, nearest, work_path, write_atomic
 
 # %% ../nbs/04_training.ipynb #0e8c3378
 import contextlib
@@ -337,6 +337,7 @@ def train(
     first = os.environ.get('RANK', '0') == '0'                                  # one lock a run: a second job waits, the ranks of one job do not
     with FileLock(folder/'lock') if first else contextlib.nullcontext(), _terminated() as stop:
         if not is_whole(config, folder):
+            if first: clear_leftovers(folder)
             (folder/'done.json').unlink(missing_ok=True)                        # a finished record that lacks weights is made again
             _train(config, material, folder, bar, stop)
     return folder

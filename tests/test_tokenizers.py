@@ -350,6 +350,12 @@ def test_a_killed_process_goes_on_to_the_same_bytes(vq_folder, vq, make, tmp_pat
     assert contents(tokenise(folder, vq, out).folder) == contents(tokenise(folder, vq, tmp_path/'whole').folder)
 
 
+def test_what_a_kill_in_the_midst_of_a_write_leaves_is_cleared(vq, pairs_folder, tmp_path):
+    out = stopped(pairs_folder, vq, tmp_path/'out')
+    (out/f'.{os.getpid() + 1}-139914102725504.tmp').write_text('{"row": 4')
+    assert contents(tokenise(pairs_folder, vq, out).folder) == contents(tokenise(pairs_folder, vq, tmp_path/'whole').folder)
+
+
 def stopped(folder, tokenizer, out, batches=2):
     "A pass that stopped after some batches"
     class Stopped(VQTokenizer):
