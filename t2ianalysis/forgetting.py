@@ -11,7 +11,7 @@ __all__ = ['PROMPTS', 'SHOTS', 'TASKS', 'TEMPERATURE', 'CHANCE', 'Prompt', 'Ques
 # %% ../nbs/11_forgetting.ipynb #f8e67e77
 from .analysis import UNSURE, Interval, Verdict, interval, judge, signed
 from .data import BadInput, write_atomic
-from .models import fingerprint_lm, generator, load_lm, seed_of
+from .models import context_length, evaluating, fingerprint_lm, generator, load_lm, seed_of
 from .sequences import SPECIALS, Kind, Vocab, text_fingerprint
 
 # %% ../nbs/11_forgetting.ipynb #755f64e6
@@ -158,10 +158,6 @@ def _ids(tokenizer, texts):
     start = next(([t] for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), [])
     return [start + ids for ids in tokenizer(list(texts), add_special_tokens=False)['input_ids']]
 
-def _context_length(model):
-    "Positions that the model has; a very large number where it names none."
-    return getattr(model.config, 'max_position_embeddings', None) or 10**9
-
 def _batches(lengths, tokens):
     "Numbers of the sequences, shortest first, in groups of at most `tokens` padded tokens."
     groups = [[]]
@@ -169,14 +165,6 @@ def _batches(lengths, tokens):
         if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > tokens: groups.append([])
         groups[-1].append(i)
     return groups
-
-@contextlib.contextmanager
-def _reading(model):
-    "Evaluation mode without gradients; training mode comes back."
-    training = model.training
-    try:
-        with torch.inference_mode(): yield model.eval()
-    finally: model.train(training)
 
 # %% ../nbs/11_forgetting.ipynb #e44049cb
 def token_nats(
@@ -187,7 +175,7 @@ def token_nats(
 ) -> list[np.ndarray]:            # of each sequence float64 (2, T - 1)
     "Of each token after the first: its negative log-likelihood over all rows, and the logarithm of the probability that the model gives to text rows there (nats)."
     out = [None] * len(sequences)
-    with _reading(model):
+    with evaluating(model):
         for group in _batches([len(s) for s in sequences], tokens):
             ids = pad_sequence([torch.tensor(sequences[i]) for i in group], batch_first=True).to(model.device)
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()                                # (B, T-1, V)
@@ -209,7 +197,7 @@ def paragraph_bits(
     paragraphs = list(paragraphs)
     empty = next((i for i, p in enumerate(paragraphs) if not isinstance(p, str) or not p.strip()), None if paragraphs else 0)
     if empty is not None: raise BadInput(f'paragraph {empty} is {"empty" if paragraphs else "missing"}: give a list of texts, each with at least one word.')
-    ids = [row[:min(limit + 1, _context_length(model) + 1)] for row in _ids(tokenizer, paragraphs)]
+    ids = [row[:min(limit + 1, context_length(model) + 1)] for row in _ids(tokenizer, paragraphs)]
     rows = [nats.sum(1) / math.log(2) for nats in token_nats(model, ids, vocab.text if vocab else None)]
     size = [len(text.encode()) for text in tokenizer.batch_decode([row[1:] for row in ids])]
     return pd.DataFrame({'bits': [bits for bits, _ in rows], 'bits_text': [bits + mass for bits, mass in rows], 'bytes': size})
@@ -256,10 +244,10 @@ def option_scores(
     split, scores = [_split(tokenizer, q) for q in questions], [None] * len(questions)
     for q, (context, options) in zip(questions, split, strict=True):
         if not context or not all(options) or not all(option.strip() for option in q.options): raise BadInput(f'a question of task {q.task!r} has an empty option or context, {q.options}: give every one at least a word.')
-        if len(context) + max(map(len, options)) > _context_length(model):
-            raise BadInput(f'a question of task {q.task!r} has {len(context) + max(map(len, options))} tokens with its options; the model has {_context_length(model)} positions: shorten it.')
+        if len(context) + max(map(len, options)) > context_length(model):
+            raise BadInput(f'a question of task {q.task!r} has {len(context) + max(map(len, options))} tokens with its options; the model has {context_length(model)} positions: shorten it.')
     shape = lambda i: (len(split[i][0]), len(split[i][1]))
-    with _reading(model):
+    with evaluating(model):
         for (length, k), same in itertools.groupby(sorted(range(len(questions)), key=shape), shape):
             same, size = list(same), max(1, tokens // (length + 4 * k))
             for group in (same[i:i + size] for i in range(0, len(same), size)):
@@ -338,8 +326,8 @@ def _checked(model, tokenizer, prompts, n_tokens, temperature):
     rows = _ids(tokenizer, prompts)
     for prompt, ids in zip(prompts, rows, strict=True):
         if not prompt.strip(): raise BadInput(f'prompt {prompt!r} is empty: give at least one word.')
-        if len(ids) + n_tokens > _context_length(model):
-            raise BadInput(f'the prompt {prompt[:40]!r} ... has {len(ids):,} tokens and {n_tokens:,} more are asked for, but the model has {_context_length(model):,} positions: shorten it.')
+        if len(ids) + n_tokens > context_length(model):
+            raise BadInput(f'the prompt {prompt[:40]!r} ... has {len(ids):,} tokens and {n_tokens:,} more are asked for, but the model has {context_length(model):,} positions: shorten it.')
     return rows
 
 # %% ../nbs/11_forgetting.ipynb #d1e6541f
@@ -360,7 +348,7 @@ def complete(
     x, mask = (torch.tensor(rows, device=model.device) for rows in zip(*(([fill] * (longest - len(r)) + r, [0] * (longest - len(r)) + [1] * len(r)) for r in ids), strict=True))
     noise = [_Noise(temperature, [generator('completion', seed, prompt) for prompt in prompts])] if temperature else []
     settings = GenerationConfig(max_new_tokens=n_tokens, do_sample=False, eos_token_id=stop or None, pad_token_id=fill)
-    with _reading(model): y = model.generate(x, attention_mask=mask, generation_config=settings, logits_processor=noise)[:, longest:].tolist()
+    with evaluating(model): y = model.generate(x, attention_mask=mask, generation_config=settings, logits_processor=noise)[:, longest:].tolist()
     ends = [next((i for i, t in enumerate(row) if t in stop), None) for row in y]
     return [show_ids(row[:end], tokenizer, vocab) + (' ⟨end⟩' if end is not None else '') for row, end in zip(y, ends, strict=True)]
 

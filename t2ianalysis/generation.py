@@ -17,7 +17,6 @@ import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +35,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # %% ../nbs/06_generation.ipynb #cc6d9dae
-from .models import generator, load_config, load_lm, load_text_tokenizer
+from .models import context_length, evaluating, generator, load_config, load_lm, load_text_tokenizer
 from .sequences import Kind, Vocab, collate, document
 from .tokenizers import load_image_tokenizer
 from .training import Config, kept, token_losses
@@ -142,19 +141,6 @@ def _draw(model, vocab, prompts, numbers, sampling, cache):
     return ids[:len(numbers), width:].cpu() - vocab.image
 
 # %% ../nbs/06_generation.ipynb #50c83c53
-@contextmanager
-def _evaluating(model):
-    "Without dropout, and as it was afterwards."
-    training = model.training
-    try: yield model.eval()
-    finally: model.train(training)
-
-def _context(model, length):
-    "The tokens a sequence may have: the model's positions or the given length, whichever is less."
-    positions = getattr(model.config, 'max_position_embeddings', None)
-    return min(n for n in (positions, length, 2**31) if n)
-
-# %% ../nbs/06_generation.ipynb #f99049b6
 def sample_images(
     model,  # a widened causal language model
     vocab: Vocab,
@@ -173,9 +159,9 @@ def sample_images(
     if s.top_k is not None and s.top_k > vocab.codes: raise BadInput(f'top_k={s.top_k} is more than the {vocab.codes:,} image codes; give at most that, or None for all.')
     if s.guidance != 1 and layout == 'image': raise BadInput("guidance needs captions and layout='image' has none; leave it at 1.")
     if layout == 'image': captions = [[]] * len(captions)
-    make = lambda caption: prompt(vocab, caption, h * w, _context(model, length), layout)
+    make = lambda caption: prompt(vocab, caption, h * w, min(context_length(model), length or 10**9), layout)
     prompts, numbers, codes = [make(c) for c in captions], uniforms(captions, h * w, s.seed), []
-    with _evaluating(model), tqdm(total=len(captions), desc='sampling', unit='image', disable=not progress, ascii=True, mininterval=2) as bar:
+    with evaluating(model), tqdm(total=len(captions), desc='sampling', unit='image', disable=not progress, ascii=True, mininterval=2) as bar:
         for i in range(0, len(prompts), batch):
             rows = prompts[i:i + batch]
             codes.append(_draw(model, vocab, rows + [make([])] * len(rows) * (s.guidance != 1), numbers[i:i + batch], s, cache))
@@ -196,10 +182,10 @@ def image_loglikelihood(
     "log p(codes | caption), with the loss of training."
     out, flat = [], codes.flatten(1).tolist()
     if len(captions) != len(flat): raise BadInput(f'there are {len(captions)} captions for {len(flat)} images; give one each.')
-    for caption in captions: prompt(vocab, caption, codes[0].numel(), _context(model, length), layout)
-    with _evaluating(model):
+    for caption in captions: prompt(vocab, caption, codes[0].numel(), min(context_length(model), length or 10**9), layout)
+    with evaluating(model):
         for i in range(0, len(flat), batch):
-            documents = [document(vocab, c, image, _context(model, length), layout)[0] for c, image in zip(captions[i:i + batch], flat[i:i + batch])]
+            documents = [document(vocab, c, image, min(context_length(model), length or 10**9), layout)[0] for c, image in zip(captions[i:i + batch], flat[i:i + batch])]
             b = collate(vocab, documents).to(model.device)
             out.append(-(token_losses(model, b) * (b.label_kind == Kind.IMAGE)).double().sum(1).cpu())
     return torch.cat(out)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOCAL_LMS', 'UNUSABLE', 'INITS', 'INTO_RESIDUAL', 'NORMS', 'RULES', 'seed_of', 'generator', 'lm_path',
-           'load_text_tokenizer', 'load_config', 'load_lm', 'check_causal', 'blocks', 'init_open_lm',
-           'initializer_range', 'widen', 'parameters_table', 'parts', 'trains', 'freeze', 'decays', 'trainable_table',
-           'fingerprint_lm']
+           'load_text_tokenizer', 'load_config', 'load_lm', 'check_causal', 'evaluating', 'context_length', 'blocks',
+           'init_open_lm', 'initializer_range', 'widen', 'parameters_table', 'parts', 'trains', 'freeze', 'decays',
+           'trainable_table', 'fingerprint_lm']
 
 # %% ../nbs/03_models.ipynb #7aed367b
 from .data import BadInput, cache_path, data_path, nearest
 
 # %% ../nbs/03_models.ipynb #0572aafb
+import contextlib
 import hashlib
 import math
 import os
@@ -137,6 +138,23 @@ def check_causal(
     "`BadInput` if a later token changes an earlier prediction: such a model sees what it is to predict."
     a, b = (model.eval()(input_ids=torch.tensor([[1, 2, 3, last]]), use_cache=False).logits[0, :3] for last in (4, 5))
     if not torch.allclose(a, b, rtol=1e-5, atol=1e-6): raise BadInput(f'lm={lm!r} is not causal: its predictions depend on later tokens; give a decoder.')
+
+# %% ../nbs/03_models.ipynb #9047629c
+@contextlib.contextmanager
+def evaluating(
+    model: nn.Module,
+):  # a context: in it, `model` is without dropout and makes no gradients
+    "Evaluation mode and `torch.inference_mode`; training mode comes back."
+    training = model.training
+    try:
+        with torch.inference_mode(): yield model.eval()
+    finally: model.train(training)
+
+def context_length(
+    model: PreTrainedModel,
+) -> int:  # tokens; a very large number where the config names none
+    "Positions that the model has."
+    return getattr(model.config, 'max_position_embeddings', None) or 10**9
 
 # %% ../nbs/03_models.ipynb #1ea46a25
 INTO_RESIDUAL = ('o_proj', 'out_proj', 'down_proj', 'fc2', 'c_proj', 'dense', 'dense_4h_to_h')  # the matrices that write into the residual stream, by family
