@@ -233,7 +233,7 @@ def evaluate(
     batch: int,  # sequences at a time, over all processes
 ) -> dict:  # as `means`
     "Mean loss by kind over a whole data set, shared among the processes."
-    model.eval()
+    model = accelerator.unwrap_model(model).eval()                              # each process has its own number of batches: no talk between them until the end
     sums = torch.zeros(len(Kind), 2, dtype=torch.float64, device=accelerator.device)
     mine = range(accelerator.process_index, len(data), accelerator.num_processes)
     for i in range(0, len(mine), batch):
@@ -400,7 +400,9 @@ def _train(config, material, folder, bar, stop):
     if main: open_record(folder, config, material)
     log, timing = (Log(folder/f'{name}.jsonl', first) if main else None for name in ('metrics', 'timing'))
     if bar is not None: bar.update(first)
-    if main and first == 0: log.write(step=0, split='validation', tokens=0, **evaluate(accelerator, model, material.valid, config.batch))
+    if first == 0:
+        result = evaluate(accelerator, model, material.valid, config.batch)
+        if main: log.write(step=0, split='validation', tokens=0, **result)
     for step in range(first, config.steps):
         t0 = time.perf_counter()
         torch.manual_seed(seed_of('dropout', config.seed, step, accelerator.process_index))
