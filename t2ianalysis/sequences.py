@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -100,9 +101,10 @@ class Batch:
 
     def _repr_html_(self):
         colours = {Kind.PAD: '#eeeeee', Kind.SPECIAL: '#888888', Kind.TEXT: '#e69f00', Kind.IMAGE: '#56b4e9', Kind.PROSE: '#cc79a7'}
-        cell = lambda k: f'<span style="display:inline-block;width:7px;height:12px;background:{colours[Kind(k)]}"></span>'
+        cell = lambda k, n=1: f'<span style="display:inline-block;width:{7 * n}px;height:12px;background:{colours[Kind(k)]}"></span>'
         key = ' '.join(f'{cell(k)} {k.name.lower()}' for k in Kind)
-        return '<div style="line-height:13px">' + '<br>'.join(''.join(cell(k) for k in row.tolist()) for row in self.kind[:16]) + f'<br><br>{key}</div>'
+        rows = [''.join(cell(k, len(list(run))) for k, run in groupby(row.tolist())) for row in self.kind[:16]]
+        return '<div style="line-height:13px;white-space:nowrap">' + '<br>'.join(rows) + f'<br><br>{key}</div>'
 
 # %% ../nbs/02_sequences.ipynb #1c506b2a
 def collate(
@@ -135,7 +137,7 @@ def caption_ids(
     file, n = store.folder/f'captions-{store.fingerprint[:8]}-{text_fingerprint(tokenizer)}.bin', len(store)
     content = file.read_bytes() if file.exists() else b''
     if len(content) < 32 or hashlib.sha256(content[32:]).digest() != content[:32]:           # the first 32 bytes are the checksum of the rest
-        ids = tokenizer(store.captions, add_special_tokens=False)['input_ids']
+        ids = tokenizer(list(store.captions), add_special_tokens=False)['input_ids']
         data = np.array([len(i) for i in ids] + [t for i in ids for t in i], dtype=np.int32).tobytes()
         content = hashlib.sha256(data).digest() + data
         write_atomic(file, content)
