@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOCAL_LMS', 'UNUSABLE', 'INITS', 'INTO_RESIDUAL', 'NORMS', 'RULES', 'seed_of', 'generator', 'lm_path',
-           'load_text_tokenizer', 'load_config', 'load_lm', 'check_causal', 'evaluating', 'context_length', 'blocks',
-           'init_open_lm', 'initializer_range', 'widen', 'parameters_table', 'parts', 'trains', 'freeze', 'decays',
-           'trainable_table', 'fingerprint_lm']
+           'load_text_tokenizer', 'load_config', 'load_lm', 'check_causal', 'evaluating', 'context_length',
+           'packing_error', 'packs', 'blocks', 'init_open_lm', 'initializer_range', 'widen', 'parameters_table',
+           'parts', 'trains', 'freeze', 'decays', 'trainable_table', 'fingerprint_lm']
 
 # %% ../nbs/03_models.ipynb #7aed367b
 from .data import BadInput, cache_path, data_path, nearest
@@ -88,8 +88,12 @@ def load_text_tokenizer(
 def load_config(
     lm: str,  # as for `load_lm`
 ):  # a Hugging Face config
-    "The architecture of a language model, without its weights."
-    return _from(AutoConfig, lm, 'a config')
+    "The architecture of a language model, without its weights; `BadInput` for an encoder-decoder, and for a model that is more than a language model."
+    config = _from(AutoConfig, lm, 'a config')
+    if getattr(config, 'is_encoder_decoder', False): raise BadInput(f'lm={lm!r} ({config.model_type}) is an encoder-decoder; give a model that is a decoder alone.')
+    if config.get_text_config() is not config:
+        raise BadInput(f'lm={lm!r} ({config.model_type}) is a language model with parts for other media; save its text part alone with save_pretrained (guides/families shows how) and give that folder.')
+    return config
 
 def _from(auto, lm, what, **kwargs):
     path = lm_path(lm)
@@ -111,9 +115,9 @@ def load_lm(
 ) -> PreTrainedModel:  # in training mode, on the CPU
     "A causal language model with pre-trained weights, or random ones of the same architecture that share nothing with them."
     if init not in INITS: raise BadInput(f'init={init!r} is unknown; give one of {", ".join(INITS)}.{nearest(init, INITS)}')
+    config = load_config(lm)
     if init == 'pretrained': model = _pretrained(lm, dtype)
     else:
-        config = load_config(lm)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of('weights', init, seed))
             try: model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -157,7 +161,28 @@ def context_length(
     return getattr(model.config, 'max_position_embeddings', None) or 10**9
 
 # %% ../nbs/03_models.ipynb #1ea46a25
-INTO_RESIDUAL = ('o_proj', 'out_proj', 'down_proj', 'fc2', 'c_proj', 'dense', 'dense_4h_to_h')  # the matrices that write into the residual stream, by family
+def packing_error(
+    model: PreTrainedModel,  # in float32
+    lengths: tuple = (7, 12, 9),  # tokens of the documents; beyond a sliding window to see that its edge holds too
+) -> float:  # largest difference of a logit, as a share of the largest logit
+    "How far the predictions for documents of random ids, packed into a row, are from those for each document alone."
+    rows, g = model.get_input_embeddings().weight.shape[0], generator('packing')
+    documents = [torch.randint(rows, (1, n), generator=g).to(model.device) for n in lengths]
+    there_and_back = lambda parts: torch.cat([torch.cat(parts, 1), torch.cat(parts[::-1], 1)])  # two rows, packed differently
+    positions = there_and_back([torch.arange(d.shape[1], device=model.device)[None] for d in documents])
+    with evaluating(model):
+        packed = model(input_ids=there_and_back(documents), position_ids=positions, use_cache=False).logits
+        alone = there_and_back([model(input_ids=d, use_cache=False).logits for d in documents])
+    return ((packed - alone).abs().max() / alone.abs().max()).item()
+
+def packs(
+    model: PreTrainedModel,  # in float32
+) -> bool:
+    "True if documents packed into a row are as good as alone; False where they leak."
+    return packing_error(model) < 1e-4
+
+# %% ../nbs/03_models.ipynb #f88d0c66
+INTO_RESIDUAL = ('o_proj', 'out_proj', 'down_proj', 'fc2', 'fc_out', 'c_proj', 'dense', 'dense_4h_to_h')  # the matrices that write into the residual stream, by family
 
 def blocks(
     model: nn.Module,
@@ -165,23 +190,26 @@ def blocks(
     "The decoder layers: the shallowest ModuleList with `num_hidden_layers` members of one class."
     n = model.config.num_hidden_layers
     lists = [(name.count('.'), m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n and len({type(b) for b in m}) == 1]
-    if not lists: raise BadInput(f'{type(model).__name__} has no list of {n} equal layers; this architecture is not supported.')
+    if not lists: raise BadInput(f'{type(model).__name__} has no list of {n} equal layers, so its parts cannot be told apart; train it whole (trainable=\'all\').')
     return min(lists, key=lambda x: x[0])[1]
 
-# %% ../nbs/03_models.ipynb #b28f54c2
+# %% ../nbs/03_models.ipynb #d1f64017
 @torch.no_grad()
 def init_open_lm(
     model: PreTrainedModel,  # changed in place, from the global generator
 ):
-    "open_lm's initialisation of every matrix; norms and biases stay as transformers sets them."
+    "open_lm's initialisation of every matrix; norms and biases stay as transformers sets them. `BadInput` if the layers are not one attention and one dense FFN."
     def draw(m, fan_in, scale=1.0):
         std = scale / math.sqrt(fan_in)
         nn.init.trunc_normal_(m.weight, std=std, a=-3 * std, b=3 * std)
     for layer, block in enumerate(blocks(model)):
-        for name, m in block.named_modules():
-            if isinstance(m, (nn.Linear, Conv1D)):
-                fan_in = m.weight.shape[0] if isinstance(m, Conv1D) else m.weight.shape[1]
-                draw(m, fan_in, 1 / math.sqrt(2 * (layer + 1)) if name.split('.')[-1] in INTO_RESIDUAL else 1.0)
+        matrices = {name: m for name, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        into = [name for name in matrices if name.split('.')[-1] in INTO_RESIDUAL]
+        if len(into) != 2 or any(p.ndim > 2 for p in block.parameters()):
+            raise BadInput(f"init='open_lm' is for layers of one attention and one dense feed-forward, and those of {type(model).__name__} are not; give init='random'.")
+        for name, m in matrices.items():
+            fan_in = m.weight.shape[0] if isinstance(m, Conv1D) else m.weight.shape[1]
+            draw(m, fan_in, 1 / math.sqrt(2 * (layer + 1)) if name in into else 1.0)
     for weight in {id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values(): draw(weight, model.get_input_embeddings().weight.shape[1])
 
 # %% ../nbs/03_models.ipynb #03144e4c
@@ -227,7 +255,8 @@ def parts(
     ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     layer = {id(m): i for i, block in enumerate(blocks(model)) for m in block.modules()}
     attention = {id(m) for a in blocks(model).modules() if 'attention' in type(a).__name__.lower() for m in a.modules()}
-    if not attention: raise BadInput(f'{type(model).__name__} has no attention modules, so its parts cannot be told apart; train it whole (trainable=\'all\').')
+    if not all(any(id(m) in attention for m in block.modules()) and not any(isinstance(m, nn.Conv1d) for m in block.modules()) for block in blocks(model)):
+        raise BadInput(f'{type(model).__name__} has layers with no attention modules, or mixes tokens by other means too, so its parts cannot be told apart; train it whole (trainable=\'all\').')
     seen, rows = set(), []
     for prefix, m in model.named_modules():
         part = ('embedding' if id(m) in ends else 'position' if isinstance(m, nn.Embedding) else 'norm' if 'norm' in type(m).__name__.lower() else
