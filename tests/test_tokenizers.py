@@ -1,5 +1,6 @@
 "The image tokenizer contract and the token store: codes are right, whole, and written once."
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from t2ianalysis.data import BadInput, load_captions, work_path
@@ -22,6 +24,7 @@ from t2ianalysis.tokenizers import (
     check_tokenizer,
     fingerprint_weights,
     load_image_tokenizer,
+    nearest_codes,
     psnr,
     store_folder,
     tokenize_captions,
@@ -100,6 +103,184 @@ def test_sizes_that_do_not_divide_are_refused(vq, px):
     with pytest.raises(BadInput, match=f'px={px} .*multiple of 4'): vq.grid(px)
 
 
+def test_codes_in_chunks_are_the_same_and_never_too_many(vq, make, monkeypatch):
+    seen = []
+    def distances(part, book): seen.append(len(part) * len(book)); return torch.cdist(part, book)
+    vectors, book = torch.randn(2, 700, 4, generator=torch.Generator().manual_seed(0))
+    whole = torch.cdist(vectors, book).argmin(1)
+    for room in (1, 700, 20_000, 2**24):
+        seen.clear()
+        assert torch.equal(nearest_codes(vectors, book, distances, room), whole) and max(seen) <= max(room, 700) and sum(seen) == 700 * 700
+    assert nearest_codes(vectors[:0], book).shape == (0,)
+    many = [make['noise'](i) for i in range(3)]
+    monkeypatch.setattr(vq, '_distances', distances); seen.clear()
+    vq.encode(torch.stack([vq.preprocess(i) for i in many]))
+    assert seen == [3 * 16 * 16]
+
+
+def test_the_shipped_tokenizer_gives_the_codes_of_diffusers_own_quantizer():
+    tokenizer = load_image_tokenizer()
+    x = torch.stack([tokenizer.preprocess(p['image']) for p in load_captions('openclipart', 'train', 64, limit=32)])
+    with torch.inference_mode():
+        h = tokenizer.model.encode(x).latents
+        own = tokenizer.model.quantize(h)[2][2]
+        for room in (2**24, 2**18, 2**14): assert torch.equal(nearest_codes(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), tokenizer._book(), room=room), own)
+    assert torch.equal(tokenizer.encode(x).flatten(), own)
+    assert tokenizer.fingerprint == '343b7891799b027541160be9a31575573de368b18ef12f08b46df3af148dbe6f'                 # the stores of all records name it
+
+
+# The VQ models of transformers
+
+VQ = dict(embed_dim=4, latent_channels=4, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1)
+PARTS = {'chameleon': ('Chameleon', dict(VQ, num_embeddings=16, resolution=16)), 'emu3': ('Emu3', dict(VQ, codebook_size=16, attn_resolutions=[1], hidden_size=32)),
+         'janus': ('Janus', dict(VQ, num_embeddings=16, num_patches=8, projection_dim=8, image_token_embed_dim=16))}
+TEXT = dict(vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+
+
+def spread(part, model):
+    "Random weights whose codes differ: the codebook lies where the encoder's outputs are"
+    torch.manual_seed(0)
+    for p in model.parameters(): torch.nn.init.normal_(p, std=.2) if p.ndim > 1 else None
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        h = model.encoder(x.unsqueeze(1).repeat(1, 4, 1, 1, 1)).flatten(0, 1) if part == 'emu3' else model.encoder(x)
+        h = model.quant_conv(h.unsqueeze(2))[:, :, 0] if part == 'emu3' else model.quant_conv(h)
+        vectors = h.permute(0, 2, 3, 1).reshape(-1, 4)
+        model.quantize.embedding.weight.copy_(vectors[torch.randperm(len(vectors))[:16]])
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    "Tiny random VQ models of transformers, each in a folder of its own"
+    folder = tmp_path_factory.mktemp('parts')
+    for part, (name, sizes) in PARTS.items():
+        spread(part, getattr(transformers, f'{name}VQVAE')(getattr(transformers, f'{name}VQVAEConfig')(**sizes))).save_pretrained(folder/part)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def wholes(parts, tmp_path_factory):
+    "The same VQ models inside whole multimodal models, in several files, of which those without VQ tensors are taken away"
+    folder = tmp_path_factory.mktemp('wholes')
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=16)
+    more = {'chameleon': TEXT | {'vocabulary_map': {'<image>': 5}}, 'emu3': {'text_config': TEXT, 'vocabulary_map': {'<image>': 5}},
+            'janus': {'text_config': TEXT | {'model_type': 'llama'}, 'vision_config': vision}}
+    for part, (name, sizes) in PARTS.items():
+        model = getattr(transformers, f'{name}ForConditionalGeneration')(getattr(transformers, f'{name}Config')(vq_config=sizes, **more[part]))
+        model.model.vqmodel.load_state_dict(load_file(parts/part/'model.safetensors'))
+        model.save_pretrained(folder/part, max_shard_size='20KB')
+        index = json.loads((folder/part/'model.safetensors.index.json').read_text())['weight_map']
+        gone = set(index.values()) - {file for key, file in index.items() if 'vqmodel' in key}
+        for file in gone: (folder/part/file).unlink()
+        assert gone
+    return folder
+
+
+def pictures(make): return [make['noise'](i) for i in range(6)]
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_the_contract_of_transformers_models(parts, make, part):
+    tokenizer = load_image_tokenizer(str(parts/part))
+    codes = check_tokenizer(tokenizer, pictures(make))
+    assert len(codes.unique()) > 5 and tokenizer.vocab_size == 16 and tokenizer.grid(16) == (8, 8) and tokenizer.can_decode == (part != 'chameleon')
+    assert check_tokenizer(tokenizer, [make['noise'](i, 24) for i in range(2)]).shape == (2, 12, 12)   # another size
+
+
+@pytest.mark.parametrize('part', ['chameleon', 'emu3'])
+def test_codes_are_those_of_transformers(parts, make, part):
+    tokenizer = load_image_tokenizer(str(parts/part))
+    x = torch.stack([tokenizer.preprocess(i) for i in pictures(make)])
+    with torch.inference_mode(): theirs = tokenizer.model.encode(x, **({'image_sizes': torch.tensor([[16, 16]] * 6)} if part == 'emu3' else {})).image_tokens
+    assert torch.equal(tokenizer.encode(x).flatten(), torch.stack(theirs).flatten() if part == 'emu3' else theirs)
+
+
+def test_codes_of_janus_are_those_of_the_model_as_it_was_trained(parts, make):
+    tokenizer = load_image_tokenizer(str(parts/'janus'))
+    x = torch.stack([tokenizer.preprocess(i) for i in pictures(make)])
+    with torch.inference_mode(): z = tokenizer.model.quant_conv(tokenizer.model.encoder(x)).permute(0, 2, 3, 1).reshape(-1, 4)
+    book, codes = tokenizer.model.quantize.embedding.weight, tokenizer.encode(x).flatten()
+    angle = torch.nn.functional.cosine_similarity(z[:, None], book[None], dim=-1)       # of vectors of length 1, the nearest is the one of the least angle
+    assert (angle.gather(1, codes[:, None])[:, 0] >= angle.max(1).values - 1e-6).all()
+    with torch.inference_mode(): assert (tokenizer.model.encode(x).image_tokens != codes).any()
+
+
+@pytest.mark.parametrize('part', ['emu3', 'janus'])
+def test_pictures_are_those_of_transformers(parts, make, part):
+    tokenizer = load_image_tokenizer(str(parts/part))
+    codes = tokenizer.encode(torch.stack([tokenizer.preprocess(i) for i in pictures(make)]))
+    with torch.inference_mode(): theirs = tokenizer.model.decode(codes if part == 'emu3' else codes.flatten(1))
+    theirs = ((theirs + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
+    assert (tokenizer.decode(codes).float() - theirs).abs().max() < .51 and theirs.std() > 5
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_of_a_whole_model_only_the_vq_part_is_read(parts, wholes, make, part):
+    alone, whole = load_image_tokenizer(str(parts/part)), load_image_tokenizer(str(wholes/part))
+    x = torch.stack([alone.preprocess(i) for i in pictures(make)])
+    assert whole.fingerprint == alone.fingerprint and torch.equal(whole.encode(x), alone.encode(x))
+    assert sum(p.numel() for p in whole.model.parameters()) == sum(p.numel() for p in alone.model.parameters())
+
+
+def test_what_only_encodes_says_so(parts, pairs_folder, tmp_path):
+    tokenizer = load_image_tokenizer(str(parts/'chameleon'))
+    assert len(tokenise(pairs_folder, tokenizer, tmp_path/'out')) == 10
+    with pytest.raises(BadInput, match="'chameleon' only encodes"): tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize('part, file, scale, processor', [
+    ('chameleon', None, (.0078, 1, 1), 'ChameleonImageProcessorPil'), ('emu3', None, (1 / 255, .5, .5), None), ('janus', None, (1 / 255, .5, .5), None),
+    ('emu3', 'preprocessor_config.json', (.004, [.1, .2, .3], [.4, .5, .6]), 'Emu3ImageProcessor'), ('janus', 'processor_config.json', (1 / 255, [.4, .5, .6], [.5, .5, .7]), 'JanusImageProcessorPil')])
+def test_pixels_are_scaled_as_the_models_own_processor_does(parts, make, tmp_path, part, file, scale, processor):
+    folder = shutil.copytree(parts/part, tmp_path/part)
+    numbers = dict(rescale_factor=scale[0], image_mean=scale[1], image_std=scale[2])
+    if file: (folder/file).write_text(json.dumps(numbers if file.startswith('pre') else {'image_processor': numbers}))
+    tokenizer, image = load_image_tokenizer(str(folder)), make['noise'](3)
+    x = tokenizer.preprocess(image)
+    expected = (np.asarray(image) * scale[0] - np.array(scale[1])) / np.array(scale[2])
+    assert np.abs(x.permute(1, 2, 0).numpy() - expected).max() < 1e-5
+    if processor:
+        own = getattr(transformers, processor)(**(numbers if file else {}))
+        assert np.abs(own(image, do_resize=False, do_center_crop=False, do_pad=False, return_tensors='np')['pixel_values'][0] - x.numpy()).max() < 1e-5
+    if tokenizer.can_decode: assert (tokenizer._bytes(x).permute(1, 2, 0) - torch.tensor(np.array(image))).abs().max() < 1e-3
+    assert (tokenizer.fingerprint == load_image_tokenizer(str(parts/part)).fingerprint) == (file is None)   # other pixels make other codes
+
+
+def vq_without_codebook(folder): save_file({k: v for k, v in load_file(folder/'model.safetensors').items() if 'embedding' not in k}, folder/'model.safetensors')
+def vq_of_another_size(folder): (folder/'config.json').write_text((folder/'config.json').read_text().replace('"base_channels": 32', '"base_channels": 64'))
+def vq_cut(folder): (folder/'model.safetensors').write_bytes((folder/'model.safetensors').read_bytes()[:-9])
+def vq_gone(folder): (folder/'model.safetensors').unlink()
+def vq_bad_scale(folder): (folder/'preprocessor_config.json').write_text('{"rescale_factor": 1, "image_mean": "x", "image_std": 1}')
+
+
+@pytest.mark.parametrize('spoil', [vq_without_codebook, vq_of_another_size, vq_cut, vq_gone, vq_bad_scale], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('part', PARTS)
+def test_spoilt_folders_of_transformers_models(parts, tmp_path, part, spoil):
+    folder = shutil.copytree(parts/part, tmp_path/'spoilt')
+    spoil(folder)
+    with pytest.raises(BadInput, match='image_tokenizer=.*spoilt.* could not be loaded as .*VQVAE'): load_image_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize('config, kind', [({'model_type': 'llama'}, 'llama'), ({'_class_name': 'AutoencoderKL'}, 'AutoencoderKL'), ({'architectures': ['X']}, 'X'), ({}, 'None')])
+def test_unknown_kinds_are_refused_by_name(tmp_path, config, kind):
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=f'{kind}.*known are VQModel, chameleon, chameleon_vqgan, emu3, emu3_vqgan, janus, janus_vqgan'): load_image_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize('part, whole', [('emu3', True), ('janus', False)])
+def test_from_the_hub_only_what_is_needed_is_fetched(parts, wholes, tmp_path, monkeypatch, part, whole):
+    remote, fetched = (wholes if whole else parts)/part, set()
+    def snapshot_download(repo, allow_patterns):
+        for file in remote.iterdir():
+            if any(fnmatch.fnmatch(file.name, p) for p in allow_patterns): shutil.copy(file, tmp_path); fetched.add(file.name)
+        return str(tmp_path)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    assert load_image_tokenizer(f'owner/{part}').fingerprint == load_image_tokenizer(str(parts/part)).fingerprint
+    weights = {p.name for p in remote.glob('*.safetensors')}
+    assert fetched == weights | {'config.json'} | ({'model.safetensors.index.json'} if whole else set())
+
+
 # Loading
 
 def test_the_bundled_tokenizer_keeps_the_contract(make):
@@ -109,7 +290,7 @@ def test_the_bundled_tokenizer_keeps_the_contract(make):
 
 
 @pytest.mark.parametrize('name, says', [
-    ('bundeld', "Did you mean 'bundled'"), ('./no/such', 'nor a folder'), ('/no/such', 'nor a folder'), ('a/b/c', 'nor a folder'), ('owner/model', 'is not on this machine')])
+    ('bundeld', "Did you mean 'bundled'"), ('./no/such', 'nor a folder'), ('/no/such', 'nor a folder'), ('a/b/c', 'nor a folder'), ('a/b:../c', 'nor a folder'), ('a:b', 'nor a folder'), ('owner/model', 'is not on this machine')])
 def test_unknown_names(name, says):
     with pytest.raises(BadInput, match=f'image_tokenizer={name!r}.*{says}'): load_image_tokenizer(name)
 
@@ -149,6 +330,7 @@ def test_a_pickle_is_never_opened(vq_folder, tmp_path):
 def test_the_fingerprint_is_of_weights_and_config_alone(vq_folder, make, tmp_path):
     same = shutil.copytree(vq_folder, tmp_path/'another name')
     (same/'README.md').write_text('x')
+    shutil.copy(same/WEIGHTS, same/WEIGHTS.replace('.', '.fp16.'))                     # a variant that is never loaded
     assert fingerprint_weights(same) == fingerprint_weights(vq_folder) != fingerprint_weights(make['vq'](tmp_path/'seed', seed=1))
     other_size(same)
     assert fingerprint_weights(same) != fingerprint_weights(vq_folder)
@@ -323,7 +505,7 @@ def test_a_resumed_pass_does_not_encode_again(uneven, vq_folder, tmp_path):
     tokenizer.encode = encode
     with pytest.raises(RuntimeError): tokenise(uneven, tokenizer, tmp_path/'out')
     assert json.loads((tmp_path/'out/progress.json').read_text())['kept'] == 8
-    assert len(tokenise(uneven, tokenizer, tmp_path/'out')) == 11 and seen == [4, 4, 'stop', 3]
+    assert len(tokenise(uneven, tokenizer, tmp_path/'out')) == 11 and seen == [4, 4, 'stop', 4]  # the last three are made up to a batch
 
 
 KILLED = """
