@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'Sampling', 'warpers', 'pick', 'check_grid', 'prompt', 'uniforms', 'sample_images', 'image_loglikelihood',
-           'caption_information', 'rerank', 'Backbone', 'backbone', 'image_features', 'distances', 'frechet',
-           'frechet_interval', 'Painter', 'load_painter', 'sample_prompts', 'cached', 'picture_grid', 'generate_grid']
+           'caption_information', 'rerank', 'Backbone', 'InceptionV3', 'backbone', 'image_features', 'distances',
+           'frechet', 'frechet_interval', 'Painter', 'load_painter', 'sample_prompts', 'cached', 'picture_grid',
+           'generate_grid']
 
 # %% ../nbs/06_generation.ipynb #8500f076
 from .data import BadInput, cache_path, nearest, work_path, write_atomic
 
 # %% ../nbs/06_generation.ipynb #7c4194ee
 import hashlib
+import inspect
 import json
 import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -126,6 +127,7 @@ def _guide(
 @torch.inference_mode()
 def _draw(model, vocab, prompts, numbers, sampling, cache):
     "The codes (B, h * w) of one batch; `prompts` has 2B rows under guidance."
+    cache = cache and 'past_key_values' in inspect.signature(model.forward).parameters  # a state-space model has another kind
     width, device = max(map(len, prompts)), model.device
     ids = torch.tensor([[vocab.special('<pad>')] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -232,9 +234,6 @@ class Backbone(torch.nn.Module):
     ) -> torch.Tensor:  # float32 (B, num_features)
         return self.network(images)
 
-# %% ../nbs/06_generation.ipynb #90ca7bc0
-BACKBONES = ('efficientnet-lite0', 'inception')
-
 def _efficientnet():
     "EfficientNet-Lite0 of efficientnet-lite-pytorch: pooled features of its last convolution."
     model = EfficientNet.from_name('efficientnet-lite0')
@@ -245,25 +244,83 @@ def _efficientnet():
         return model.extract_features(((x - 127) / 128).contiguous(memory_format=torch.channels_last)).mean((2, 3))
     return Backbone('efficientnet-lite0', network, 1280, 224, 'bicubic with antialiasing to 224 px')
 
+# %% ../nbs/06_generation.ipynb #90ca7bc0
+_a = lambda pool: ['1x1:64:1x1', '5x5_1:48:1x1 5x5_2:64:5x5', '3x3dbl_1:64:1x1 3x3dbl_2:96:3x3 3x3dbl_3:96:3x3', f'_pool:{pool}:1x1']
+_c = lambda n: ['1x1:192:1x1', f'7x7_1:{n}:1x1 7x7_2:{n}:1x7 7x7_3:192:7x1', f'7x7dbl_1:{n}:1x1 7x7dbl_2:{n}:7x1 7x7dbl_3:{n}:1x7 7x7dbl_4:{n}:7x1 7x7dbl_5:192:1x7', '_pool:192:1x1']
+_e = ['1x1:320:1x1', '3x3_1:384:1x1 3x3_2a:384:1x3|3x3_2b:384:3x1', '3x3dbl_1:448:1x1 3x3dbl_2:384:3x3 3x3dbl_3a:384:1x3|3x3dbl_3b:384:3x1', '_pool:192:1x1']
+_MIXED = {  # block: how its last chain pools, and its chains
+    '5b': ('mean', _a(32)), '5c': ('mean', _a(64)), '5d': ('mean', _a(64)),
+    '6a': ('halve', ['3x3:384:3x3/2', '3x3dbl_1:64:1x1 3x3dbl_2:96:3x3 3x3dbl_3:96:3x3/2', '']),
+    '6b': ('mean', _c(128)), '6c': ('mean', _c(160)), '6d': ('mean', _c(160)), '6e': ('mean', _c(192)),
+    '7a': ('halve', ['3x3_1:192:1x1 3x3_2:320:3x3/2', '7x7x3_1:192:1x1 7x7x3_2:192:1x7 7x7x3_3:192:7x1 7x7x3_4:192:3x3/2', '']),
+    '7b': ('mean', _e), '7c': ('max', _e)}
+_POOLS = dict(mean=lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), max=lambda x: F.max_pool2d(x, 3, 1, 1), halve=lambda x: F.max_pool2d(x, 3, 2))
+
+class _Conv(torch.nn.Module):
+    "Convolution, batch norm, ReLU."
+    def __init__(self, width, out, kernel, pad=True):
+        super().__init__()
+        kernel, _, stride = kernel.partition('/')
+        kernel = tuple(map(int, kernel.split('x')))
+        self.conv = torch.nn.Conv2d(width, int(out), kernel, int(stride or 1), tuple(k // 2 for k in kernel) if pad and not stride else 0, bias=False)
+        self.bn = torch.nn.BatchNorm2d(int(out), eps=.001)
+    def forward(self, x): return F.relu(self.bn(self.conv(x)))
+
+# %% ../nbs/06_generation.ipynb #49c64119
+class _Mixed(torch.nn.Module):
+    "Chains of convolutions side by side; the last begins with a pooling."
+    def __init__(self, width, pool, chains):
+        super().__init__()
+        self.pool, self.chains, self.out = _POOLS[pool], [[[e.split(':') for e in step.split('|')] for step in chain.split()] for chain in chains], 0
+        for chain in self.chains:
+            inside = width
+            for step in chain:
+                for name, out, kernel in step: self.add_module('branch' + name, _Conv(inside, out, kernel))
+                inside = sum(int(out) for _, out, _ in step)
+            self.out += inside
+    def forward(self, x):
+        parts = [x] * (len(self.chains) - 1) + [self.pool(x)]
+        for i, chain in enumerate(self.chains):
+            for step in chain: parts[i] = torch.cat([getattr(self, 'branch' + name)(parts[i]) for name, *_ in step], 1)
+        return torch.cat(parts, 1)
+
+class InceptionV3(torch.nn.Module):
+    "FID's network: images as uint8 (B, 3, H, W) to 2,048 pooled features."
+    def __init__(self):
+        super().__init__()
+        for name, *shape in (('1a_3x3', 3, 32, '3x3/2'), ('2a_3x3', 32, 32, '3x3', False), ('2b_3x3', 32, 64, '3x3'), ('3b_1x1', 64, 80, '1x1'), ('4a_3x3', 80, 192, '3x3', False)):
+            self.add_module('Conv2d_' + name, _Conv(*shape))
+        width = 192
+        for name, block in _MIXED.items(): self.add_module('Mixed_' + name, _Mixed(width, *block)); width = getattr(self, 'Mixed_' + name).out
+        self.fc = torch.nn.Linear(2048, 1008)                                  # the classes; part of the file, not of the features
+    def forward(self, images):
+        x = F.interpolate(images.float() / 255, size=(299, 299), mode='bilinear', align_corners=False) * 2 - 1
+        for name, layer in self.named_children():
+            if name in ('Conv2d_3b_1x1', 'Mixed_5b'): x = F.max_pool2d(x, 3, 2)
+            if name != 'fc': x = layer(x)
+        return x.mean((2, 3))
+
+# %% ../nbs/06_generation.ipynb #f3ab0c1e
+BACKBONES = ('efficientnet-lite0', 'inception')
+_INCEPTION, _RELEASE = '6726825d', 'weights-inception-2015-12-05-6726825d.pth of torch-fidelity\'s release v0.2.0 (pytorch-fid publishes the same file as pt_inception-2015-12-05-6726825d.pth)'
+
+def _inception(weights):
+    "Inception v3 with the published weights; nothing is downloaded."
+    path = Path(weights).expanduser() if weights else Path(torch.hub.get_dir())/'checkpoints'/_RELEASE.split()[0]
+    if not path.is_file(): raise BadInput(f'{path} is not there and no package carries the weights of Inception v3: get {_RELEASE}, and give its path; or use \'efficientnet-lite0\', which is not FID.')
+    with path.open('rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    if not digest.startswith(_INCEPTION): raise BadInput(f'{path} is not the published file: its SHA-256 begins with {digest[:8]} instead of {_INCEPTION}; get {_RELEASE}.')
+    network = InceptionV3()
+    network.load_state_dict(torch.load(path, weights_only=True, map_location='cpu'))
+    return Backbone('inception', network.eval().requires_grad_(False), 2048, 299, 'bilinear without antialiasing to 299 px')
+
 def backbone(
     name: str = 'efficientnet-lite0',  # one of `BACKBONES`
+    weights: str | Path | None = None,  # Inception's file; None: where torch.hub keeps it
 ) -> Backbone:
     "A network that gives features to compare images by; `BadInput` when its weights are not on this machine."
     if name not in BACKBONES: raise BadInput(f'backbone={name!r} is unknown; give one of {", ".join(BACKBONES)}.{nearest(name, BACKBONES)}')
-    return _efficientnet() if name == 'efficientnet-lite0' else _inception()
-
-# %% ../nbs/06_generation.ipynb #05bc7fc5
-_INCEPTION = 'weights-inception-2015-12-05-6726825d.pth'
-
-def _inception():
-    "Inception v3 as torchmetrics and torch-fidelity define it, if package and weights are here; nothing is downloaded."
-    path = Path(torch.hub.get_dir())/'checkpoints'/_INCEPTION
-    how = f'pip install torch-fidelity, and put {_INCEPTION} of its release v0.2.0 into {path.parent}'
-    if find_spec('torch_fidelity') is None or not path.is_file(): raise BadInput(f"backbone='inception' needs weights that no package carries: {how}; or use 'efficientnet-lite0'.")
-    with path.open('rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    if not digest.startswith(path.stem.split('-')[-1]): raise BadInput(f"backbone='inception': {path} is not the file that it is named after (its SHA-256 differs): {how}.")
-    model = NoTrainInceptionV3('inception-v3-compat', ['2048'], str(path)).requires_grad_(False)
-    return Backbone('inception', model, 2048, 299, 'bilinear with antialiasing to 299 px')
+    return _efficientnet() if name == 'efficientnet-lite0' else _inception(weights)
 
 # %% ../nbs/06_generation.ipynb #1a006081
 def image_features(
@@ -378,6 +435,7 @@ def load_painter(
     if step is not None and step not in weights: raise BadInput(f'run {folder.name!r} has kept no weights of step {step}; it has {", ".join(map(str, weights))}.')
     step, device = max(weights) if step is None else step, 'cuda' if torch.cuda.is_available() else 'cpu'
     image = load_image_tokenizer(config.image_tokenizer, device)
+    if not image.can_decode: raise BadInput(f'run {folder.name!r} has the image tokenizer {image.name!r}, which encodes only, so nothing can be painted; train with one that decodes.')
     vocab = Vocab(load_config(config.lm).vocab_size, image.vocab_size)
     model = load_lm(str(weights[step])).to(device)
     rows = model.get_input_embeddings().weight.shape[0]

@@ -1,4 +1,5 @@
 "Images drawn code by code: only codes, the same with and without cache and batch; and distances that are what they are called."
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import t2ianalysis.generation as generation
 from t2ianalysis.data import BadInput
 from t2ianalysis.generation import (
+    InceptionV3,
     Sampling,
     backbone,
     cached,
@@ -283,12 +285,37 @@ def test_the_backbone_sees_what_is_in_the_images(make):
 
 def test_inception_is_used_only_if_it_is_there_and_what_it_is_named_after(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="backbone='inceptio' is unknown.*Did you mean 'inception'"): backbone('inceptio')
-    with pytest.raises(BadInput, match='pip install torch-fidelity'): backbone('inception')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(generation, 'find_spec', lambda name: True)
+    with pytest.raises(BadInput, match='is not there.*weights-inception-2015-12-05-6726825d.pth of torch-fidelity.*give its path'): backbone('inception')
     (tmp_path/'checkpoints').mkdir()
     (tmp_path/'checkpoints'/'weights-inception-2015-12-05-6726825d.pth').write_bytes(b'something else')
-    with pytest.raises(BadInput, match='SHA-256 differs'): backbone('inception')
+    with pytest.raises(BadInput, match='is not the published file: its SHA-256 begins with'): backbone('inception')
+
+
+def published_layout():
+    "Random weights with the keys and shapes of the published Inception file, the same on every machine"
+    state, out = InceptionV3().state_dict(), {}
+    for name in sorted(n for n in state if not n.endswith('num_batches_tracked')):
+        shape, g = state[name].shape, torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
+        w, fan = torch.randn(shape, generator=g), state[name][0].numel() if state[name].ndim > 1 else 1
+        out[name] = w * (2 / fan)**.5 if w.ndim == 4 else w.abs() * .2 + .9 if name.endswith(('running_var', 'bn.weight')) else w * .1 if w.ndim == 1 else w * fan**-.5
+    return out
+
+
+def test_inception_computes_what_torch_fidelity_computes(tmp_path, monkeypatch):
+    "Expected: FeatureExtractorInceptionV3 of torch-fidelity 0.4.0 with the same weights and images"
+    torch.save(published_layout(), tmp_path/'weights.pth')
+    monkeypatch.setattr(generation, '_INCEPTION', hashlib.sha256((tmp_path/'weights.pth').read_bytes()).hexdigest()[:8])
+    eye = backbone('inception', tmp_path/'weights.pth')
+    images = torch.randint(0, 256, (3, 3, 299, 299), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    monkeypatch.setattr(F, 'interpolate', lambda x, **_: (x * 255 - 128) / 256 + .5)  # its scale of [-1, 1): (x - 128) / 128
+    found = image_features(eye, images.permute(0, 2, 3, 1))
+    assert found.shape == (3, eye.num_features) == (3, 2048) and eye.network.fc.weight.shape == (1008, 2048) and eye.network.Mixed_7a.out == 1280
+    np.testing.assert_allclose(found[:, :3], [[6.6435, 2.7346, 3.1953], [6.6573, 2.7630, 3.2568], [6.7624, 2.7017, 3.2277]], atol=2e-3)
+    state = published_layout() | {'Mixed_7d.conv.weight': torch.zeros(1)}
+    torch.save(state, tmp_path/'weights.pth')
+    monkeypatch.setattr(generation, '_INCEPTION', hashlib.sha256((tmp_path/'weights.pth').read_bytes()).hexdigest()[:8])
+    with pytest.raises(RuntimeError, match='Mixed_7d'): backbone('inception', tmp_path/'weights.pth')
 
 
 def test_the_cache_makes_again_what_is_damaged(tmp_path, monkeypatch):
