@@ -1,0 +1,146 @@
+"The plan of a run: counted by hand, by PyTorch's own counter, and against memory that was really taken."
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from t2ianalysis import cli
+from t2ianalysis.data import BadInput
+from t2ianalysis.models import RULES
+from t2ianalysis.plan import (
+    DEVICES,
+    PUBLISHED,
+    Live,
+    architecture,
+    check_memory,
+    codes_of,
+    data_plan,
+    flops_per_token,
+    parameters_by_part,
+    plan,
+    plan_text,
+    sequence_widths,
+    share_out,
+    skeleton,
+    trace,
+)
+from t2ianalysis.training import make_config
+
+
+@pytest.fixture(scope='module')
+def lm(tmp_path_factory):
+    "A Llama of two layers, config only: no weights anywhere"
+    folder = tmp_path_factory.mktemp('lm')/'tiny'
+    LlamaConfig(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_papers_model_is_counted_without_weights():
+    model, vocab = skeleton('models/open_lm-1b', 16_384)
+    sizes = parameters_by_part(model)
+    assert {p.device.type for p in model.parameters()} == {'meta'} and vocab.size == 50_432 + 7 + 16_384
+    assert sizes == dict(embedding=vocab.size * 2048, output=vocab.size * 2048, attention=24 * 4 * 2048**2, ffn=24 * 3 * 2048 * 5632, norm=49 * 2 * 2048, position=0, other=0)
+    assert sum(sizes.values()) - 2 * 2048 * (16_384 + 7) == 1_439_895_552
+    assert 8.8e9 < flops_per_token(model, 1152)['total'] < 9.0e9
+    assert codes_of('models/movqgan-270m', 256)[:2] == (16_384, 1_024)
+
+
+def test_a_model_that_is_here_is_not_taken_from_the_published_one(tmp_path):
+    folder = tmp_path/'open_lm-1b'
+    LlamaConfig(**{**PUBLISHED['smollm2-135m'], 'num_hidden_layers': 3}).save_pretrained(folder)
+    config, source = architecture(str(folder))
+    assert config.num_hidden_layers == 3 and source == 'from its config'
+
+
+@pytest.mark.parametrize('rule', list(RULES))
+def test_flops_are_those_of_pytorchs_counter(lm, rule):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from t2ianalysis.models import freeze
+    from t2ianalysis.sequences import Batch
+    from t2ianalysis.training import token_losses
+    with FakeTensorMode():
+        model, vocab = skeleton(lm, 64, 'cpu')
+        freeze(model, rule, vocab)
+        batch = Batch(torch.zeros(2, 33, dtype=torch.long), torch.ones(2, 33, dtype=torch.int8))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): token_losses(model, batch).sum().backward()
+    assert flops_per_token(skeleton(lm, 64)[0], 32, rule)['total'] == pytest.approx(counter.get_total_flops() / 64, rel=0.03)
+
+
+def test_bytes_of_a_step_add_up(lm):
+    n = sum(p.numel() for p in skeleton(lm, 64)[0].parameters())
+    config, rows = make_config('smoke', lm=lm), 4 * 40 * (1024 + 7 + 64) * 4         # fp32 logits
+    whole, chunked, light = trace(config, 64, 41, ((4, False, False), (4, True, False), (4, False, True)))
+    for t in (whole, chunked, light): assert (t['weights'], t['gradients'], t['optimizer']) == pytest.approx((4 * n, 4 * n, 8 * n), rel=1e-3)
+    assert whole['more'] == pytest.approx(16 * n + whole['activations'] + whole['logits'], rel=1e-3)
+    assert 2 * rows <= whole['logits'] <= 4 * rows and chunked['logits'] < whole['logits'] / 2 and light['activations'] < whole['activations'] / 2
+    assert whole['first'] <= whole['more']
+    wider, = trace(config, 64, 41, ((8, False, False),))
+    assert wider['activations'] == pytest.approx(2 * whole['activations'], rel=0.01)
+    frozen, = trace(make_config('smoke', lm=lm, trainable='norms'), 64, 41, ((4, False, False),))
+    norms = sum(p.numel() for name, p in skeleton(lm, 64)[0].named_parameters() if 'norm' in name or 'embed' in name or 'lm_head' in name)
+    assert frozen['gradients'] == 4 * norms and frozen['activations'] < whole['activations']
+
+
+def test_another_family_is_planned_too(tmp_path):
+    GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128).save_pretrained(tmp_path/'gpt2')
+    model, _ = skeleton(str(tmp_path/'gpt2'), 16)
+    assert parameters_by_part(model)['position'] == 128 * 32 and parameters_by_part(model)['output'] == 0
+    assert trace(make_config('smoke', lm=str(tmp_path/'gpt2'), precision='bf16'), 16, 20, ((2, False, False),))[0]['more'] > 0
+
+
+def test_memory_is_what_a_real_run_takes(lm):
+    "Two steps of two parts through Accelerate, in a process of its own."
+    got = check_memory(dict(preset='smoke', lm=lm), codes=2048, width=160, sequences=16, parts=2)
+    assert 0.85 < got['ratio'] < 1.15 and 0.85 < got['resident_ratio'] < 1.15
+
+
+def test_padding_is_measured_where_the_captions_are(pairs_folder):
+    config = make_config('smoke', data=str(pairs_folder), px=64, pairs=0)
+    d = data_plan(config, 64, 1)
+    assert 'measured on' in d['source'] and 1 <= d['pairs'] <= 10 and d['real'] <= d['padded'] <= d['widest'] and d['real'] == pytest.approx(64 + 6 + d['caption'])
+    assert d['sequences'] == 24 and d['tokens'] == pytest.approx(24 * d['padded'])
+    assert sequence_widths(make_config('paper'), 1024, None)['padded'] == 1152
+    with pytest.raises(BadInput, match='length=20 is too short'): sequence_widths(make_config('smoke', length=20), 64, None)
+
+
+def test_parts_divide_the_batch():
+    assert share_out(make_config('paper'), 64, 8) == (2, 7) and share_out(make_config('paper'), 1, 32) == (28, 31) and share_out(make_config('paper'), 1, 1) == (868, 1)
+
+
+def test_hours_follow_devices_and_mfu(lm):
+    config = make_config('paper', lm=lm, image_tokenizer='bundled', px=64, length=80)
+    one, many = plan(config, 1, 'h200'), plan(config, 4, 'a100', 0.25)
+    a, b = one['places'][0], many['places'][0]
+    assert a['hours'] == pytest.approx(one['total_flops'] / (0.5 * 989e12) / 3600) and a['days'] == pytest.approx(a['hours'] / 24)
+    assert b['hours'] / a['hours'] == pytest.approx(2 * 989 / 312) and b['days'] == pytest.approx(b['hours'] / 4 / 24)
+    assert json.loads(json.dumps(one))['parameters']['total'] == sum(one['parameters'][k] for k in one['parameters'] if k != 'total')
+    assert one['disk']['total'] == one['disk']['store'] + 3 * one['disk']['checkpoint'] + one['disk']['weights']
+    for v in b['variants'].values(): assert v['part'] <= max(v['micro_batch'], 1) and v['peak'] <= 0.9 * DEVICES['a100']['memory']
+    text = plan_text(many).splitlines()
+    assert max(map(len, text[3:])) <= 100 and any(line.startswith('4 x A100 80 GB') for line in text) and 'assumed: data/pairs is not here' in '\n'.join(text)
+
+
+def test_views_and_what_is_gone_do_not_count():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), Live() as live:
+        x = torch.zeros(100, 100)
+        y = (x + 1).t()
+        assert live.now == 80_000
+        del y
+    assert (live.now, live.most) == (40_000, 80_000)
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['labtop'], "Did you mean 'laptop'?"), (['smoke', '-p', 'stepz=3'], "Did you mean 'steps'?"), (['smoke', '--devices', '0'], 'devices=0 must be at least 1'),
+    (['smoke', '--device', 'h300'], "Did you mean 'h200'?"), (['smoke', '--mfu', '0'], 'mfu=0.0 is no share'), (['smoke', '--devices', '64'], 'devices=64 is more than the batch of 4'),
+    (['smoke', '-p', 'lm=nowhere'], "lm='nowhere' is no folder"), (['smoke', '-p', 'px=60'], 'px=60'), (['smoke', '-p', 'length=20'], 'length=20 is too short'),
+])
+def test_a_mistake_is_one_sentence_and_status_2(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['t2i', 'plan', *arguments])
+    with pytest.raises(SystemExit) as e: cli.main()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.startswith('t2i: ') and err.count('\n') == 1
