@@ -39,6 +39,7 @@ def _load(path):
         if code: raise BadInput(f'{path.name} holds code ({", ".join(sorted(code)[:3])}), which is not run; give a checkpoint that holds weights alone.')
         with torch.serialization.safe_globals([(OrderedDict if name.endswith('AttributeDict') else _Nothing, name) for name in strangers]):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+    except BadInput: raise
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, zipfile.BadZipFile) as e:
         raise BadInput(f'{path.name} cannot be read as a torch checkpoint ({" ".join(str(e).split())[:160] or type(e).__name__}); it may be cut short: fetch it again.') from e
 
