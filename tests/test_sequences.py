@@ -1,5 +1,6 @@
 "Documents: nothing of an image is lost, nothing of a caption is lost silently, and every position is called what it is."
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -122,7 +123,8 @@ def test_a_batch_moves_and_shows():
     moved = batch.to('cpu')
     assert isinstance(moved, Batch) and torch.equal(moved.ids, batch.ids) and torch.equal(moved.kind, batch.kind)
     html = batch._repr_html_()
-    assert html.count('#e69f00') == 2 + 1 and html.count('#56b4e9') == 2 + 1 and html.count('#eeeeee') == 2 + 1  # and one each in the key
+    width = lambda colour: sum(int(n) for n in re.findall(rf'width:(\d+)px;height:12px;background:{colour}', html)) // 7
+    assert width('#e69f00') == 2 + 1 and width('#56b4e9') == 2 + 1 and width('#eeeeee') == 2 + 1  # and one each in the key
 
 
 # The order of the data
