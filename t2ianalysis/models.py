@@ -155,10 +155,10 @@ def evaluating(
     finally: model.train(training)
 
 def context_length(
-    model: PreTrainedModel,
+    model,  # a model, or the config of one
 ) -> int:  # tokens; a very large number where the config names none
     "Positions that the model has."
-    return getattr(model.config, 'max_position_embeddings', None) or 10**9
+    return getattr(getattr(model, 'config', model), 'max_position_embeddings', None) or 10**9
 
 # %% ../nbs/03_models.ipynb #1ea46a25
 def packing_error(

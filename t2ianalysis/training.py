@@ -169,12 +169,13 @@ def prepare(
 ) -> Material:
     "Tokenised training and validation sequences for a config; everything is cached in `stores/`."
     lm, text = fingerprint_lm(config.lm), load_text_tokenizer(config.lm)
-    rows, tokenizer = load_config(config.lm).vocab_size, load_image_tokenizer(config.image_tokenizer)
+    architecture, tokenizer = load_config(config.lm), load_image_tokenizer(config.image_tokenizer)
+    if config.length > context_length(architecture): raise BadInput(f'length={config.length} is more than the {context_length(architecture):,} positions of lm={config.lm!r}; give at most that.')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     tokenizer.model.to(device)
     limits = dict(train=config.pairs or None, validation=config.eval_pairs)
     stores = {split: tokenize_captions(captions_of(config, split, limit), tokenizer, progress=progress) for split, limit in limits.items()}
-    train, valid = (Sequences(s, text, rows, config.length, config.layout) for s in stores.values())
+    train, valid = (Sequences(s, text, architecture.vocab_size, config.length, config.layout) for s in stores.values())
     prose = Prose(load_prose(config.prose), text, config.length) if config.prose_share else None
     found = dict(train=stores['train'].fingerprint, validation=stores['validation'].fingerprint, lm=lm)
     if prose: found['prose'] = prose.fingerprint
@@ -371,7 +372,6 @@ def start(config, material, folder, accelerator):
     checkpoint, vocab = find_checkpoint(folder), material.train.vocab
     if checkpoint: model = load_lm(str(checkpoint))
     else: model = place_rows(widen(load_lm(config.lm, config.init, config.seed), vocab, ('rows', config.init, config.seed)), vocab, config)
-    if config.length > context_length(model): raise BadInput(f'length={config.length} is more than the {context_length(model):,} positions of lm={config.lm!r}; give at most that.')
     freeze(model, config.trainable, vocab)
     model = accelerator.prepare_model(model.to(accelerator.device))
     optimizer = make_optimizer(model, config)

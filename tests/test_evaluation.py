@@ -146,7 +146,7 @@ def trained(work, vq_folder):
     "A run of eight steps that has kept its weights at 2 and 8, 16 px and 16 codes"
     tokenizer = load_text_tokenizer('bundled')
     random_lm(tokenizer).save_pretrained(work/'lm'); tokenizer.save_pretrained(work/'lm')
-    config = make_config('smoke', lm=str(work/'lm'), image_tokenizer=str(vq_folder), px=16, pairs=24, steps=8, batch=4, keep=2, eval_every=8, eval_pairs=2, lr=1e-2)
+    config = make_config('smoke', lm=str(work/'lm'), image_tokenizer=str(vq_folder), px=16, pairs=24, length=128, steps=8, batch=4, keep=2, eval_every=8, eval_pairs=2, lr=1e-2)
     with pytest.MonkeyPatch.context() as m:
         m.setenv('T2I_WORK', str(work)); m.setenv('T2I_CACHE', str(work/'cache'))
         return ensure_runs([config], progress=False).run_id[0]

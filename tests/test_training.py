@@ -222,7 +222,7 @@ def test_bad_values_are_one_sentence(changes, words):
 
 @pytest.mark.parametrize('changes, words', [
     (dict(lm='nowhere'), "lm='nowhere' is no folder"), (dict(lm='./nowhere'), "lm='./nowhere' is no folder"), (dict(data='nowhere'), 'nowhere'),
-    (dict(image_tokenizer='nowhere'), "image_tokenizer='nowhere'"), (dict(px=60), '8'), (dict(length=50), 'length=50 is too short for an image of 64 codes; give at least 70'),
+    (dict(image_tokenizer='nowhere'), "image_tokenizer='nowhere'"), (dict(px=60), '8'), (dict(length=3000), 'length=3000 is more than the 2,048 positions'), (dict(length=50), 'length=50 is too short for an image of 64 codes; give at least 70'),
 ])
 def test_bad_names_fail_before_anything_is_trained(work, config, changes, words):
     with pytest.raises(BadInput, match=words) as e: ensure_runs([replace(config, **changes)], progress=False)
