@@ -349,13 +349,13 @@ def _train_parts(config, codes, width, sequences, chunked, parts):
 def _measure(changes, codes, width, sequences, chunked, parts):
     "In a fresh process: print what `_train_parts` allocates and by how much resident memory grows."
     import gc
-    import resource
     config = make_config(**changes)
     _train_parts(make_config('smoke', precision=config.precision), 8, 8, 1, chunked, 1)  # libraries take their own memory now
     gc.collect()
     before = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     allocated = _train_parts(config, codes, width, sequences, chunked, parts)
-    print(json.dumps(dict(allocated=allocated, resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)))
+    most = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))  # of this process alone; `ru_maxrss` begins at its parent's
+    print(json.dumps(dict(allocated=allocated, resident=int(most) * 1024 - before)))
 
 def check_memory(
     changes: dict,  # what `make_config` takes, preset among it
