@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'MAX_FAILURES', 'MAX_DISTANCE', 'BadInput', 'nearest', 'home', 'data_path', 'work_path',
-           'cache_path', 'write_atomic', 'clear_leftovers', 'in_validation', 'square', 'decode_image', 'Captions',
-           'load_captions', 'load_prose', 'contact_sheet']
+           'cache_path', 'write_atomic', 'clear_leftovers', 'new_folder', 'write_folder', 'in_validation', 'square',
+           'decode_image', 'Captions', 'load_captions', 'load_prose', 'contact_sheet']
 
 # %% ../nbs/00_data.ipynb #14501220
 import warnings
@@ -20,11 +20,12 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -34,6 +35,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 from datasets.utils.file_utils import xopen
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from pyarrow import parquet
 
@@ -113,6 +115,33 @@ def clear_leftovers(
     "Delete what a `write_atomic` that was killed has left in a folder"
     for beside in Path(folder).glob('.*-*.tmp'): beside.unlink(missing_ok=True)
 
+# %% ../nbs/00_data.ipynb #20547622
+def new_folder(
+    out: str | Path,  # a folder to make
+) -> Path:            # without ~
+    "`BadInput` if something is there already"
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f'out={str(out)!r} exists and is not an empty folder; what is not empty is left alone: delete it, or give another folder.')
+    return out
+
+def write_folder(
+    out: str | Path,  # as for `new_folder`
+    fill: Callable,   # makes the folder that it is called with, and what is in it
+) -> Path:            # `out`
+    "Make a folder whole or not at all; what a killed process has left beside it is deleted"
+    out = new_folder(out)
+    beside, lock = out.with_name(f'.{out.name}.partial'), out.with_name(f'.{out.name}.lock')
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=0):
+            shutil.rmtree(beside, ignore_errors=True)
+            try: fill(beside); os.replace(beside, out)
+            finally: shutil.rmtree(beside, ignore_errors=True); lock.unlink(missing_ok=True)
+    except Timeout as e: raise BadInput(f'out={str(out)!r} is being written by another process; wait for it, or give another folder.') from e
+    except OSError as e: raise BadInput(f'out={str(out)!r} cannot be written ({e.strerror or e}); give another folder.') from e
+    return out
+
 # %% ../nbs/00_data.ipynb #e81f6a91
 def in_validation(
     caption: str,           # any text; case and white space do not matter
@@ -122,7 +151,6 @@ def in_validation(
     digest = hashlib.sha256(' '.join(caption.casefold().split()).encode()).hexdigest()
     return int(digest[:8], 16) / 16**8 < fraction
 
-# %% ../nbs/00_data.ipynb #8e7f676b
 _CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
 
 def _words(
@@ -613,7 +641,7 @@ def load_captions(
     recipe = _recipes().resolve(source) if isinstance(source, str) and source != 'openclipart' and re.fullmatch(r'[\w-]+', source) else {}
     found = _find(recipe.get('source', source), recipe.get('sample'))
     data, spec = _read(recipe.get('source', source), found, found.kind in ('webdataset', 'hub') if streaming is None else streaming, recipe.get('remedy'))
-    data, image, caption = _choose(data, image_column or recipe.get('image_column'), caption_column or recipe.get('caption_column'))
+    data, image, caption = _choose(data, image_column, caption_column or recipe.get('caption_column'))
     spec |= {'image_column': image, 'caption_column': caption, 'split': split, 'validation_fraction': float(validation_fraction), 'px': int(px),
              'limit': limit if limit is None else int(limit), 'preprocessing': 'RGB on white, centre crop, bicubic'}
     spec |= {'captions': captions} if captions != 'first' else {}  # options are in the spec when used: the fingerprint of a plain source stays

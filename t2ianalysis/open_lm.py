@@ -11,7 +11,6 @@ __all__ = ['CONFIGS', 'FIELDS', 'POSITIONS', 'HOLDS', 'KEYS', 'REFUSED', 'DTYPES
 # %% ../nbs/13_open_lm.ipynb #999b7b1a
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -24,13 +23,12 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StableLmConfig
 
 # %% ../nbs/13_open_lm.ipynb #0a73b43b
-from .data import BadInput, nearest, write_atomic
+from .data import BadInput, nearest, new_folder, write_atomic, write_folder
 from .models import UNUSABLE, generator, load_config, load_text_tokenizer
 
 # %% ../nbs/13_open_lm.ipynb #73ec7d9e
@@ -302,8 +300,7 @@ def convert_open_lm(
     progress: bool = True,
 ) -> Path:  # `out`, whole or not at all
     "A folder that transformers' `from_pretrained` loads; `BadInput` names what does not fit."
-    out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'out={str(out)!r} is there and not empty; delete it or give another folder.')
+    out = new_folder(out)
     if dtype and dtype not in DTYPES: raise BadInput(f'dtype={dtype!r} is unknown; give one of {", ".join(DTYPES)}.{nearest(dtype, DTYPES)}')
     tensors, values = open_checkpoint(checkpoint), read_config(checkpoint, config)
     new = stablelm_config(values, positions)
@@ -316,7 +313,7 @@ def convert_open_lm(
         GenerationConfig.from_model_config(new).save_pretrained(folder)
         if words: words.save_pretrained(folder)
         _write_weights(checkpoint, pieces, new, folder, DTYPES.get(dtype), shard_bytes, progress)
-    return _whole(out, fill)
+    return write_folder(out, fill)
 
 # %% ../nbs/13_open_lm.ipynb #f3001061
 def _tokenizer(name, config):
@@ -326,24 +323,6 @@ def _tokenizer(name, config):
     if len(words) > config.vocab_size: raise BadInput(f'tokenizer={name!r} has {len(words):,} tokens, but the model only {config.vocab_size:,} rows; give the tokenizer of this checkpoint.')
     config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
     return words
-
-def _whole(out, fill):
-    "Fill a folder beside, then rename it; what a killed conversion has left is deleted."
-    beside, lock = out.with_name(f'.{out.name}.partial'), out.with_name(f'.{out.name}.lock')
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
-            shutil.rmtree(beside, ignore_errors=True)
-            try:
-                beside.mkdir()
-                fill(beside)
-                os.replace(beside, out)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-                lock.unlink()
-    except Timeout as e: raise BadInput(f'out={str(out)!r} is being written by another process; wait for it, or give another folder.') from e
-    except OSError as e: raise BadInput(f'out={str(out)!r} cannot be written ({e.strerror or e}); give another folder.') from e
-    return out
 
 # %% ../nbs/13_open_lm.ipynb #cd5e542d
 def position_perplexities(

@@ -6,14 +6,12 @@
 __all__ = ['read_vqgan', 'rename_vqgan', 'vqgan_sizes', 'vqmodel_config', 'check_vqgan_config', 'vqmodel_of', 'convert_vqgan']
 
 # %% ../nbs/14_vqgan.ipynb #5db85309
-from .data import BadInput
+from .data import BadInput, new_folder, write_folder
 
 # %% ../nbs/14_vqgan.ipynb #cd837efc
 import json
-import os
 import pickle
 import re
-import shutil
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -161,8 +159,7 @@ def convert_vqgan(
     ema: bool = False,  # take the moving averages in place of the weights
 ) -> str:  # what was made, in words
     "A published checkpoint as a folder for `VQModel.from_pretrained` and `load_image_tokenizer`."
-    checkpoint, out = Path(checkpoint).expanduser(), Path(out).expanduser()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise BadInput(f'out={str(out)!r} exists and is not an empty folder; give another one.')
+    checkpoint, out = Path(checkpoint).expanduser(), new_folder(out)
     tensors, left = read_vqgan(checkpoint, ema)
     sizes = vqgan_sizes(tensors)
     if sizes['spatial'] != (kind == 'movqgan'):
@@ -170,12 +167,7 @@ def convert_vqgan(
     for beside in (checkpoint.with_suffix(s) for s in ('.json', '.yaml', '.yml')):
         if beside.is_file(): check_vqgan_config(beside, sizes)
     model = vqmodel_of(tensors)
-    unfinished = out.with_name(f'.{out.name}.{os.getpid()}.unfinished')
-    try:
-        model.save_pretrained(unfinished)
-        os.replace(unfinished, out)
-    except OSError as e: raise BadInput(f'out={str(out)!r} cannot be written ({e.strerror or e}); give another folder.') from e
-    finally: shutil.rmtree(unfinished, ignore_errors=True)
+    write_folder(out, model.save_pretrained)
     ignored = ''.join(f', {n:,} {name}* left out' for name, n in sorted(left.items()))
     return (f'{len(tensors):,} tensors, {sum(p.numel() for p in model.parameters()):,} parameters, {sizes["n_embed"]:,} codes, '
             f'{2 ** (len(sizes["ch_mult"]) - 1)} x {2 ** (len(sizes["ch_mult"]) - 1)} pixels a code, {"moving averages" if ema else "plain weights"}{ignored}')
