@@ -274,9 +274,10 @@ def _bytes(
 def _small_svg(
     svg,  # text
 ):
-    "An SVG whose coordinates have two decimals and whose pictures are JPEG where that is smaller."
+    "An SVG whose coordinates (not its labels) have two decimals and whose pictures are JPEG where that is smaller."
+    short = lambda m: m[0] if m[0][0] == '>' else f'{float(m[0]):.2f}'.rstrip('0').rstrip('.')
     parts = re.split(r'(href="data:image/png;base64,[^"]*")', svg)
-    return ''.join(_as_jpeg(s) if i % 2 else re.sub(r'-?\d+\.\d{3,}', lambda m: f'{float(m[0]):.2f}'.rstrip('0').rstrip('.'), s) for i, s in enumerate(parts))
+    return _tight_svg(''.join(_as_jpeg(s) if i % 2 else re.sub(r'>[^<]*<|-?\d+\.\d{3,}', short, s) for i, s in enumerate(parts)))
 
 def _as_jpeg(
     href,  # attribute with a PNG inside
@@ -286,6 +287,18 @@ def _as_jpeg(
     Image.alpha_composite(Image.new('RGBA', png.size, 'white'), png).convert('RGB').save(out, 'JPEG', quality=75, optimize=True)
     jpeg = f'href="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"'
     return jpeg if len(jpeg) < len(href) else href
+
+# %% ../nbs/08_plots.ipynb #5f0c9a1e
+def _tight_svg(
+    svg,  # text
+):
+    "An SVG without comments, names of groups and needless spaces, and with the labels' font named once: a third smaller, and it looks the same."
+    svg = re.sub(r'<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>|(?<=<g) id="[^"]*"| transform="rotate\(-0 [^"]*"', '', svg, flags=re.S)
+    svg = re.sub(r'(?<= d=")[^"]*', lambda m: re.sub(r'\s*([A-Za-z])\s*', r'\1', m[0]).replace('\n', ' ').strip(), svg)
+    svg = re.sub(r'(?<= style=")[^"]*', lambda m: re.sub(r'([:;,]) ', r'\1', m[0]), svg)
+    fonts = re.findall(r'font-family:[^;"]*', svg)
+    font = max(fonts, key=fonts.count) if fonts else ''
+    return re.sub(r'>\s+<', '><', svg.replace(f'{font};', '').replace('*{', f'*{{{font};', 1) if font else svg).strip()
 
 # %% ../nbs/08_plots.ipynb #b60cc019
 def save_figure(
