@@ -9,9 +9,9 @@ __all__ = ['ELEVEN', 'OWN', 'SHARD', 'PLAIN', 'Listed', 'jeopardy_task', 'questi
            'weights_digest', 'real_tally', 'draw_images', 'drawn_tally', 'fid_protocol', 'evaluate_fid', 'fid_table']
 
 # %% ../nbs/18_evaluation.ipynb #6c041854
-from .data import BadInput, Captions, cache_path, nearest, work_path, write_atomic
+from .data import BadInput, Captions, cache_path, nearest, read_json, read_yaml, work_path, write_atomic
 from .forgetting import Question, cloze_questions, in_context_questions
-from .generation import Backbone, Painter, Sampling, image_features, load_painter, rerank, sample_prompts
+from .generation import Backbone, Painter, Sampling, image_features, load_painter, rerank, run_config, sample_prompts
 from .models import fingerprint_lm, lm_path, load_config, load_lm, load_text_tokenizer, seed_of, widen
 from .plots import THEME
 from .sequences import SPECIALS, Vocab
@@ -22,10 +22,11 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from statsmodels.stats.proportion import proportion_confint
@@ -104,8 +104,8 @@ def find_tasks(
 
 def _yaml(path):
     "A task's config from a file; tags that would run code are refused."
-    try: config = yaml.safe_load(Path(path).expanduser().read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise BadInput(f'task {str(path)!r} cannot be read ({str(e).splitlines()[0]}); give a YAML file of plain values, without !function.') from e
+    try: config = read_yaml(os.path.expanduser(path))
+    except (OSError, ValueError) as e: raise BadInput(f'task {str(path)!r} cannot be read ({str(e).splitlines()[0]}); give a YAML file of plain values, without !function.') from e
     return _named(config, repr(str(path)))
 
 def _named(config, where):
@@ -205,18 +205,12 @@ class Subject:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 # %% ../nbs/18_evaluation.ipynb #6a58ad1f
-def _run_config(folder):
-    "The config of a run's folder; None if it is none."
-    try: values = json.loads((folder/'config.json').read_text(encoding='utf-8'))['config']
-    except (OSError, ValueError, KeyError, TypeError): return None
-    return Config(**{k: v for k, v in values.items() if k in {f.name for f in fields(Config)}}) if isinstance(values, dict) else None
-
 def subject(
     model: str | Path,  # a run's id or folder, 'bundled', 'smollm2-135m', a folder of weights, or a hub name
 ) -> Subject:
     "What a name stands for; `BadInput` if it is neither a run nor a language model."
     folder = Path(model) if Path(model).is_dir() else work_path('runs', str(model))
-    config = _run_config(folder)
+    config = run_config(folder)
     if config is None:
         if folder.is_dir() and not Path(model).is_dir(): raise BadInput(f'run {folder.name!r} has no readable config.json; give the folder of a run, or a language model.')
         path = lm_path(str(model))
@@ -240,13 +234,24 @@ def differences(
     "The fields in which two protocols differ."
     return ', '.join(f'{key} ({a.get(key)} and {b.get(key)})' for key in sorted(a | b) if a.get(key) != b.get(key))
 
+# %% ../nbs/18_evaluation.ipynb #8852af6b
+def _evaluation(file):
+    "What an evaluation's file holds; `BadInput` if it is not what `evaluate_text` or `evaluate_fid` writes."
+    try:
+        record = read_json(file)
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+        good = isinstance(record['subject'], str) and isinstance(record['protocol'], dict) and all(
+            {'step', 'task', 'weights', 'n'} <= set(r) and isinstance(r['step'], int) and isinstance(r['task'], str)
+            and all(number(value) and (error is None or number(error)) for value, error in r['values'].values()) for r in record['results'])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError): good = False
+    if not good: raise BadInput(f'the evaluation {file} cannot be read or is damaged; remove it and evaluate again.')
+    return record
+
 def _record(subject, name, protocol):
     "The file of an evaluation and its content."
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', name): raise BadInput(f'name={name!r} is no plain name; give letters, digits, - and _.')
     path = subject.folder/'evaluations'/f'{name}.json'
-    try: record = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError: record = dict(subject=subject.name, protocol=protocol, results=[])
-    except (OSError, ValueError) as e: raise BadInput(f'{path} cannot be read ({type(e).__name__}); remove it, and its tasks are done again.') from e
+    record = _evaluation(path) if path.exists() else dict(subject=subject.name, protocol=protocol, results=[])
     if record['protocol'] != protocol: raise BadInput(f'evaluation {name!r} of {subject.name!r} was made with another protocol: {differences(record["protocol"], protocol)}; give another name.')
     return path, record
 
@@ -317,8 +322,7 @@ def load_evaluations(
     folders = [Path(m) if Path(m).is_dir() else work_path('runs', str(m)) for m in models] if models is not None else sorted(p.parent for root in ('runs', 'evaluations') for p in work_path(root).glob('*/evaluations'))
     files, rows = [f for folder in folders for f in sorted((folder/'evaluations').glob(f'{name or "*"}.json'))], []
     for file in files:
-        try: record = json.loads(file.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e: raise BadInput(f'{file} cannot be read ({type(e).__name__}); remove it and evaluate again.') from e
+        record = _evaluation(file)
         common = dict(subject=record['subject'], folder=str(file.parent.parent), evaluation=file.stem, protocol=protocol_id(record['protocol']), settings=record['protocol'])
         rows += [{**common, **{k: v for k, v in r.items() if k not in ('values', 'weights', 'data')}, 'metric': metric, 'value': value, 'stderr': error} for r in record['results'] for metric, (value, error) in r['values'].items()]
     if not rows: raise BadInput('there is no evaluation; make one with: t2i evaluate text RUN')
@@ -359,7 +363,7 @@ def over_training(
     part, tables = frame[frame.metric == metric], []
     if not len(part): raise BadInput(f'metric={metric!r} is in none of these rows; they have {", ".join(sorted(set(frame.metric)))}.')
     for folder, rows in part.groupby('folder'):
-        if _run_config(Path(folder)) is None: raise BadInput(f'{rows.subject.iloc[0]!r} is no run, so it has no course of training; give rows of runs.')
+        if run_config(Path(folder)) is None: raise BadInput(f'{rows.subject.iloc[0]!r} is no run, so it has no course of training; give rows of runs.')
         run = load_run(folder)
         tokens = run[run.split == 'train'].drop_duplicates('step').set_index('step').tokens.to_dict() | {0: 0}
         low, high = proportion_confint(rows.value * rows.n, rows.n, method='wilson')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'Sampling', 'warpers', 'pick', 'check_grid', 'prompt', 'uniforms', 'sample_images', 'image_loglikelihood',
            'caption_information', 'rerank', 'Backbone', 'InceptionV3', 'backbone', 'image_features', 'distances',
-           'frechet', 'frechet_interval', 'Painter', 'load_painter', 'sample_prompts', 'cached', 'picture_grid',
-           'generate_grid']
+           'frechet', 'frechet_interval', 'run_config', 'Painter', 'load_painter', 'sample_prompts', 'cached',
+           'picture_grid', 'generate_grid']
 
 # %% ../nbs/06_generation.ipynb #8500f076
 from .data import BadInput, cache_path, nearest, work_path, write_atomic
@@ -392,6 +392,14 @@ def frechet_interval(
     return value, float(value + low), float(value + high)
 
 # %% ../nbs/06_generation.ipynb #1c2b9f86
+def run_config(
+    folder: Path,  # of a run
+) -> Config | None:
+    "The config in a run's folder; None if there is none that can be read."
+    try: values = json.loads((folder/'config.json').read_text(encoding='utf-8'))['config']
+    except (OSError, ValueError, KeyError, TypeError): return None
+    return Config(**{k: v for k, v in values.items() if k in {f.name for f in fields(Config)}}) if isinstance(values, dict) else None
+
 @dataclass
 class Painter:
     "A trained model with its tokenizers."
@@ -421,9 +429,8 @@ def _record(
     if not folder.is_dir():
         known = sorted(p.parent.name for p in work_path('runs').glob('*/done.json'))
         raise BadInput(f'run {str(run)!r} is neither a folder nor a run id; there are {len(known)} finished runs under runs/.{nearest(run, known)}')
-    try: values = json.loads((folder/'config.json').read_text())['config']
-    except (OSError, ValueError, KeyError, TypeError): raise BadInput(f'run {folder.name!r} has no readable config.json; give the folder of a run.') from None
-    return folder, Config(**{k: v for k, v in values.items() if k in {f.name for f in fields(Config)}})
+    if (config := run_config(folder)) is None: raise BadInput(f'run {folder.name!r} has no readable config.json; give the folder of a run.')
+    return folder, config
 
 def load_painter(
     run: str | Path,  # a run's id or folder, with kept weights

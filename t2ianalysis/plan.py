@@ -34,14 +34,15 @@ from transformers.pytorch_utils import Conv1D
 # %% ../nbs/17_plan.ipynb #3efd5f6e
 from .data import BadInput, cache_path, data_path, nearest, write_atomic
 from .models import UNUSABLE, freeze, load_config, load_text_tokenizer, parts, trainable_table, trains
+from .open_lm import CONFIGS, stablelm_config
+from .scale import store_bytes
 from .sequences import SPECIALS, Batch, Vocab, order
 from .tokenizers import load_image_tokenizer
 from .training import Config, captions_of, fresh_accelerator, make_config, make_optimizer, token_losses
 
 # %% ../nbs/17_plan.ipynb #7fedd582
 PUBLISHED = {
-    'open_lm-1b': dict(model_type='stablelm', vocab_size=50432, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, intermediate_size=5632,
-                       max_position_embeddings=2048, use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False, tie_word_embeddings=False, partial_rotary_factor=0.0),
+    'open_lm-1b': stablelm_config(CONFIGS['open_lm_1b_old']).to_dict(),
     'smollm2-135m': dict(model_type='llama', vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
                          max_position_embeddings=8192, tie_word_embeddings=True),
 }
@@ -110,12 +111,12 @@ def codes_of(
     return config['num_vq_embeddings'], (px // side) ** 2, source
 
 # %% ../nbs/17_plan.ipynb #4d766879
-ASSUMED = dict(pairs=134_000_000, caption=30)  # HQITP-134M, NeoX tokens: the paper, section 2
+ASSUMED = dict(pairs=134_000_000, caption=30, caption_bytes=120)  # HQITP-134M, NeoX tokens: the paper, section 2; 4 bytes a token are our guess
 
 def captions_at_hand(
     config: Config,
     most: int = 20_000,  # captions read
-) -> tuple | None:  # (tokens of each caption, bytes of all their lines in a store, pairs in all, words that say so); None if the data are not here
+) -> tuple | None:  # (tokens of each caption, mean bytes of a caption, pairs in all, words that say so); None if the data are not here
     "Lengths of the captions of the training side."
     if config.data != 'openclipart' and not Path(config.data).expanduser().exists(): return None
     data = captions_of(config, 'train', config.pairs or None)
@@ -123,8 +124,7 @@ def captions_at_hand(
     lm = config.lm if _on_disk(config.lm) else 'bundled'
     lengths = np.array([len(ids) for ids in load_text_tokenizer(lm)(captions, add_special_tokens=False)['input_ids']])
     pairs = len(captions) if len(captions) < most or not data.total else min(config.pairs or data.total, data.total)
-    size = sum(len(json.dumps({'row': 0, 'caption': c}, ensure_ascii=False).encode()) + 5 for c in captions) * pairs // len(captions)
-    return lengths, size, pairs, f'measured on {len(captions):,} captions' + (f' with the bundled tokenizer, as that of {config.lm} is not here' if lm != config.lm else '')
+    return lengths, float(np.mean([len(c.encode()) for c in captions])), pairs, f'measured on {len(captions):,} captions' + (f' with the bundled tokenizer, as that of {config.lm} is not here' if lm != config.lm else '')
 
 # %% ../nbs/17_plan.ipynb #c94d0d47
 def sequence_widths(
@@ -398,12 +398,12 @@ def disk(
     codes: int,  # codes an image
     pairs: int,
     tokens: float,  # text tokens a caption
-    lines: int,  # bytes of the captions' lines; 0: 5 a token and 25 a line are assumed
+    caption_bytes: float,  # a caption, as UTF-8
     weights: int,  # bytes of the model
     trained: int,  # parameters that train
 ) -> dict[str, int]:  # bytes
-    "What a run writes: the token store as `tokenizers` and `sequences` make it, checkpoints (two are kept while a third is written), the last weights."
-    out = dict(codes=2 * codes * pairs, caption_ids=int(4 * pairs * (1 + tokens)), captions=lines or int(pairs * (5 * tokens + 25)))
+    "What a run writes: the token store, checkpoints (two are kept while a third is written), the last weights."
+    out = store_bytes(pairs, codes, tokens, caption_bytes)
     checkpoint = weights + 8 * trained if config.checkpoint_every < config.steps else 0
     return out | dict(store=sum(out.values()), checkpoint=checkpoint, weights=weights * config.keep, total=sum(out.values()) + 3 * checkpoint + weights * config.keep)
 
@@ -414,11 +414,11 @@ def data_plan(
 ) -> dict:
     "Pairs, captions, sequences and tokens of a run."
     found = captions_at_hand(config)
-    lengths, lines, pairs, words = found or (None, 0, config.pairs or ASSUMED['pairs'], f'assumed: {config.data} is not here')
+    lengths, size, pairs, words = found or (None, ASSUMED['caption_bytes'], config.pairs or ASSUMED['pairs'], f'assumed: {config.data} is not here')
     widths = sequence_widths(config, codes, lengths, parts)
     caption = float(lengths.mean()) if found else ASSUMED['caption']
     sequences = config.steps * config.batch
-    return dict(pairs=pairs, caption=caption, source=words, lines=lines, **widths, waste=1 - widths['real'] / widths['padded'], sequences=sequences,
+    return dict(pairs=pairs, caption=caption, caption_bytes=size, source=words, **widths, waste=1 - widths['real'] / widths['padded'], sequences=sequences,
                 tokens=sequences * widths['padded'], real_tokens=sequences * widths['real'], epochs=sequences / pairs)
 
 # %% ../nbs/17_plan.ipynb #8713c783
@@ -471,7 +471,7 @@ def plan(
     return dict(config=dataclasses.asdict(config), lm_from=architecture(config.lm)[1], image_tokenizer_from=codes_from, codes=codes, parameters=sizes | dict(total=total),
                 trainable={k: int(n) for k, n in arms.items()}, data=data, flops=flops, total_flops=flops['total'] * data['tokens'], mfu=mfu,
                 memory=memory_plan(line) | dict(evaluation=evaluation_peak(config, codes, data['widest'], parts), evaluated=_at_a_time(config, parts)),
-                disk=disk(config, grid, data['pairs'], data['caption'], data['lines'], 4 * total, int(arms[config.trainable])),
+                disk=disk(config, grid, data['pairs'], data['caption'], data['caption_bytes'], 4 * total, int(arms[config.trainable])),
                 places=[_place(config, line, model, data, flops, kind, n, mfu) for kind, n in places])
 
 # %% ../nbs/17_plan.ipynb #4760bfe7

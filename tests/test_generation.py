@@ -13,7 +13,7 @@ from scipy import linalg
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, ChameleonVQVAE, ChameleonVQVAEConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 import t2ianalysis.generation as generation
@@ -366,7 +366,16 @@ def test_a_grid_of_images_from_a_run(run):
     with pytest.raises(BadInput, match='do not fill'): picture_grid(np.zeros((5, 4, 4, 3), np.uint8), ['a', 'b'])
 
 
+def encodes_only(run):
+    "Makes Chameleon's image tokenizer that of the run."
+    ChameleonVQVAE(ChameleonVQVAEConfig(num_embeddings=16, embed_dim=4, latent_channels=4, resolution=16, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1)).save_pretrained(run/'vq')
+    record = json.loads((run/'config.json').read_text())
+    record['config']['image_tokenizer'] = str(run/'vq')
+    (run/'config.json').write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize('damage, words', [
+    (encodes_only, "image tokenizer 'vq', which encodes only, so nothing can be painted"),
     (lambda run: (run/'config.json').write_text('{'), 'no readable config.json'),
     (lambda run: (run/'weights'/'00000006').rename(run/'weights'/'gone'), 'kept no weights'),
     (lambda run: (run/'config.json').write_text((run/'config.json').read_text().replace('"text-image"', '"image"')), 'without captions')])
@@ -379,6 +388,13 @@ def test_arguments_of_a_grid_are_checked(run):
     for change, words in ((dict(n=0), 'n=0'), (dict(prompts=[]), 'prompts is empty'), (dict(run='bundled-s0'), "'bundled-s0' is neither a folder nor a run id")):
         with pytest.raises(BadInput, match=words): generate_grid(**dict(run=run, prompts=['a'], n=1) | change)
     with pytest.raises(BadInput, match='no weights of step 3; it has 6'): load_painter(run, 3)
+
+
+def test_a_state_space_model_draws_without_a_cache_of_keys_and_values():
+    torch.manual_seed(0)
+    model = widen(AutoModelForCausalLM.from_config(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=1.)), vocab)
+    codes = sample_images(model, vocab, CAPTIONS, GRID, length=48)
+    assert codes.flatten(1).tolist() == [by_hand(model, c, n) for c, n in zip(CAPTIONS, uniforms(CAPTIONS, 12, 0).numpy())] and len(codes.unique()) > 12
 
 
 def test_the_cache_of_keys_and_values_saves_work():

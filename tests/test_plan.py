@@ -13,9 +13,11 @@ from t2ianalysis.plan import (
     PUBLISHED,
     Live,
     architecture,
+    captions_at_hand,
     check_memory,
     codes_of,
     data_plan,
+    disk,
     flops_per_token,
     parameters_by_part,
     plan,
@@ -25,6 +27,7 @@ from t2ianalysis.plan import (
     skeleton,
     trace,
 )
+from t2ianalysis.scale import store_bytes
 from t2ianalysis.training import make_config
 
 
@@ -105,6 +108,14 @@ def test_padding_is_measured_where_the_captions_are(pairs_folder):
     assert d['sequences'] == 24 and d['tokens'] == pytest.approx(24 * d['padded'])
     assert sequence_widths(make_config('paper'), 1024, None)['padded'] == 1152
     with pytest.raises(BadInput, match='length=20 is too short'): sequence_widths(make_config('smoke', length=20), 64, None)
+
+
+def test_the_store_of_a_plan_is_as_large_as_the_one_that_is_written(store, pairs_folder):
+    _, size, pairs, _ = captions_at_hand(make_config('smoke', data=str(pairs_folder), px=16, pairs=0))
+    k, files = disk(make_config('smoke'), 16, 10, 8, size, 0, 0), {f.name: f.stat().st_size for f in store.folder.iterdir()}
+    assert pairs <= 10 and k['codes'] == files['codes.bin'] and k['captions'] == pytest.approx(files['captions.jsonl'], rel=0.03) and k['caption_ids'] == 10 * 9 * 4
+    d = data_plan(make_config('paper'), 1024, 1)
+    assert disk(make_config('paper'), 1024, d['pairs'], d['caption'], d['caption_bytes'], 0, 0)['store'] == sum(store_bytes(134_000_000).values())
 
 
 def test_parts_divide_the_batch():
