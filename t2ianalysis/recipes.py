@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.fft import dctn
 
 # %% ../nbs/15_recipes.ipynb #7b32b51b
-from .data import BadInput, cache_path, work_path, write_atomic
+from .data import BadInput, cache_path, read_json, work_path, write_atomic
 
 # %% ../nbs/15_recipes.ipynb #c83b07a4
 @dataclass(frozen=True)
@@ -134,12 +134,17 @@ def _annotations(
 ) -> dict:
     "The content of an annotation file; `BadInput` when it is something else"
     def wrong(why, remedy="give COCO's captions_<split>.json"): return BadInput(f'source {str(path)!r} {why}: {remedy}.')
-    try: content = json.loads(path.read_text(encoding='utf-8'))
+    try: content = read_json(path)
     except (OSError, ValueError) as error: raise wrong(f'is not a JSON file ({type(error).__name__})') from error
     lacking = [key for key in ('images', 'annotations') if not isinstance(content, dict) or not content.get(key)]
     if lacking: raise wrong(f"has no {' and no '.join(map(repr, lacking))}")
-    try: images, captions = {i['id']: i['file_name'] for i in content['images']}, [(a['id'], a['image_id'], a['caption']) for a in content['annotations']]
-    except (KeyError, TypeError) as error: raise wrong(f'lacks the field {error} in an image or a caption') from error
+    try:
+        images, captions = {i['id']: i['file_name'] for i in content['images']}, [(a['id'], a['image_id'], a['caption']) for a in content['annotations']]
+        licences = {i.get('license'): None for i in content['images']} | {i.get('id'): i.get('name') for i in content.get('licenses') or []}
+    except (KeyError, TypeError, AttributeError) as error: raise wrong(f'lacks the field {error} in an image, a caption or a licence') from error
+    for ids in (images, [a for a, _, _ in captions]):
+        if {type(i) for i in ids} not in ({int}, {str}): raise wrong('has ids that are not all whole numbers, or all texts')
+    if not all(isinstance(words, str) for words in (*(c for _, _, c in captions), *filter(None, licences.values()))): raise wrong('has a caption or the name of a licence that is no text')
     odd = next((name for name in images.values() if not isinstance(name, str) or Path(name).name != name), None)
     if odd is not None: raise wrong(f'names the image {odd!r}, which is no plain file name', 'correct the file')
     unknown = next((image for _, image, _ in captions if image not in images), None)

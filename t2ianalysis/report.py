@@ -9,6 +9,7 @@ __all__ = ['ORDER', 'record', 'Finding', 'load_findings', 'verdicts_of_all', 'wr
 import base64
 import dataclasses
 import datetime
+import io
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from PIL import Image
 
 # %% ../nbs/12_report.ipynb #a4000345
 from .analysis import FAILS, HOLDS, UNSURE, Verdict
-from .data import BadInput, nearest, work_path, write_atomic
+from .data import BadInput, nearest, read_json, read_text, work_path, write_atomic
 from .training import KINDS, PRESETS, environment
 
 # %% ../nbs/12_report.ipynb #37b42ec7
@@ -66,8 +67,8 @@ def _check_runs(
 ):
     "No run of another preset; one that is not on this machine passes."
     for run in runs:
-        path = work_path('runs', run, 'config.json')
-        other = json.loads(path.read_text()).get('config', {}).get('preset', preset) if path.is_file() else preset
+        values = _json(work_path('runs', run, 'config.json')).get('config')
+        other = values.get('preset', preset) if isinstance(values, dict) else preset
         if other != preset: raise BadInput(f'run {run!r} is of preset {other!r}, the record of {preset!r}: keep the presets apart.')
 
 # %% ../nbs/12_report.ipynb #81bf89f1
@@ -87,9 +88,8 @@ def record(
     _check_runs(preset, runs)
     results = dict(finding=finding, preset=preset, title=title, figures=dict(figures), verdicts=[_plain(v) for v in verdicts], runs=runs)
     path = work_path('figures', preset, f'{finding}.json')
-    with suppress(OSError, ValueError):  # no record yet, or a damaged one
-        old = json.loads(path.read_text())
-        if {k: old.get(k) for k in results} == results: return path
+    old = _json(path)  # empty: no record yet, or a damaged one
+    if {k: old.get(k) for k in results} == results: return path
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return write_atomic(path, json.dumps(results | dict(date=today, environment=environment()), indent=1, allow_nan=False, ensure_ascii=False) + '\n')
 
@@ -108,26 +108,37 @@ class Finding:
     date: str  # of the first record with these results
     environment: dict  # versions, commit and device at that time
 
+# %% ../nbs/12_report.ipynb #ec0a7d77
+def _is_plain(found) -> bool:
+    "Whether the fields of a record are of the types that the page and the table show."
+    texts = [found.finding, found.preset, found.title, found.date, *found.figures, *found.figures.values(), *found.runs, *(x for v in found.verdicts for x in (v.claim, v.paper, v.ours, v.unit))]
+    good = isinstance(found.figures, dict) and isinstance(found.runs, list) and isinstance(found.environment, dict) and all(isinstance(x, str) for x in texts)
+    if good:
+        for field, names in (('finding', [found.finding]), ('figure', found.figures), ('run', found.runs)): _check_names(field, names)
+    return good
+
 def _load(
     path: Path,  # of a record
     preset: str,  # its folder's
 ) -> Finding:
     "One record, checked."
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = read_json(path)
         found = Finding(**content | dict(verdicts=[_verdict(v) for v in content['verdicts']]))
-    except (ValueError, TypeError, KeyError) as e: raise BadInput(f'the record {path.name} of {preset} cannot be read ({type(e).__name__}: {e}): draw the finding again.') from e
+        if not _is_plain(found): raise TypeError('a value of another type')
+    except BadInput: raise
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as e: raise BadInput(f'the record {path.name} of {preset} cannot be read ({type(e).__name__}: {e}): draw the finding again.') from e
     if found.preset != preset: raise BadInput(f'the record {path.name} is of preset {found.preset!r} and lies among those of {preset!r}: draw it again at {preset!r}; presets are never mixed.')
     return found
 
-# %% ../nbs/12_report.ipynb #ec0a7d77
+# %% ../nbs/12_report.ipynb #29723403
 def load_findings(
     preset: str,  # one of `PRESETS`
     names: list[str] | None = None,  # of findings; None: all that have a record
 ) -> list[Finding]:  # the paper's first, in its order
     "The findings that were recorded at a preset; `BadInput` names the command that makes a missing one."
+    if preset not in list(PRESETS): raise BadInput(f'preset={preset!r} is unknown; give one of {", ".join(PRESETS)}.{nearest(preset, PRESETS)}')
     known = {p.stem: p for p in work_path('figures', preset).glob('*.json')}
-    if preset not in PRESETS: raise BadInput(f'preset={preset!r} is unknown; give one of {", ".join(PRESETS)}.{nearest(preset, PRESETS)}')
     lacking = [n for n in names or () if n not in known]
     if lacking: raise BadInput(f'finding {lacking[0]!r} has no record at preset {preset}: run t2i finding {lacking[0]} --preset {preset}.{nearest(lacking[0], known)}')
     if not known: raise BadInput(f'no finding has a record at preset {preset}: run for example t2i finding loss_breakdown --preset {preset}.')
@@ -146,17 +157,18 @@ def _json(
     path: Path,
 ) -> dict:  # empty when there is no such file, or none that can be read
     "A JSON file of a record."
-    with suppress(OSError, ValueError): return json.loads(path.read_text(encoding='utf-8'))
-    return {}
+    found = None
+    with suppress(OSError, ValueError): found = read_json(path)
+    return found if isinstance(found, dict) else {}
 
 def _last_losses(
     folder: Path,  # of a run
 ) -> dict:  # kind to nats a token
     "The last validation losses of a run."
-    with suppress(OSError, ValueError):
-        lines = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
-        last = [line for line in lines if line.get('split') == 'validation'][-1:]
-        return {k: v for line in last for k, v in line.items() if k in KINDS}
+    with suppress(OSError, ValueError, RecursionError):
+        lines = [json.loads(line) for line in read_text(folder/'metrics.jsonl').splitlines()]
+        last = [line for line in lines if isinstance(line, dict) and line.get('split') == 'validation'][-1:]
+        return {k: v for line in last for k, v in line.items() if k in KINDS and isinstance(v, float)}
     return {}
 
 # %% ../nbs/12_report.ipynb #4171af03
@@ -167,11 +179,12 @@ def _run_facts(
     "What the appendix says of a run."
     folder, store = work_path('runs', run), _json(work_path('stores', run, 'meta.json'))
     content, done = _json(folder/'config.json'), _json(folder/'done.json')
-    values, usual = content.get('config', content), dataclasses.asdict(PRESETS[preset])
+    values = content.get('config', content)
+    values, usual = values if isinstance(values, dict) else {}, dataclasses.asdict(PRESETS[preset])
     changes = {k: v for k, v in values.items() if k not in ('keep', 'checkpoint_every') and (k not in usual or usual[k] != v)}
     if store: changes = {k: store[k] for k in ('source', 'split', 'px', 'tokenizer') if k in store}
     note = 'token store' if store else 'not on this machine' if not values else '' if done else 'not finished'
-    return dict(run=run, changes=changes, losses=_last_losses(folder), tokens=done.get('tokens'), note=note,
+    return dict(run=run, changes=changes, losses=_last_losses(folder), tokens=done['tokens'] if isinstance(done.get('tokens'), int) else None, note=note,
                 environment=', '.join(f'{k} {v}' for k, v in _json(folder/'environment.json').items() if v))
 
 # %% ../nbs/12_report.ipynb #40bed8e1
@@ -182,11 +195,12 @@ def _embed(
     "A figure as a data URL."
     base = work_path('figures', preset, name)
     if not base.with_name(f'{name}.png').is_file(): raise BadInput(f'figure {name}.png is missing in figures/{preset}: draw the finding again.')
-    picture = Image.open(base.with_name(f'{name}.png'))
     forms = {'image/png': base.with_name(f'{name}.png').read_bytes()}
+    try: picture = Image.open(io.BytesIO(forms['image/png']), formats=['PNG'])
+    except Exception as e: raise BadInput(f'figure {name}.png in figures/{preset} is damaged ({type(e).__name__}): draw the finding again.') from e  # a broken header: PIL raises almost any type
     with suppress(OSError): forms['image/svg+xml'] = base.with_name(f'{name}.svg').read_bytes()
     mime = min(forms, key=lambda m: len(forms[m]))
-    scale = 120 / picture.info.get('dpi', (160, 160))[0]  # a quarter larger than on paper
+    scale = 120 / (picture.info.get('dpi', (160, 160))[0] or 160)  # a quarter larger than on paper
     return dict(src=f'data:{mime};base64,{base64.b64encode(forms[mime]).decode()}', width=round(picture.width * scale), height=round(picture.height * scale))
 
 # %% ../nbs/12_report.ipynb #1b240f79

@@ -10,7 +10,7 @@ __all__ = ['STORE_FILES', 'fingerprint_weights', 'nearest_codes', 'VQTokenizer',
            'usage']
 
 # %% ../nbs/01_tokenizers.ipynb #7bd7d6b7
-from .data import BadInput, Captions, clear_leftovers, data_path, nearest, work_path, write_atomic
+from .data import BadInput, Captions, clear_leftovers, data_path, nearest, read_json, work_path, write_atomic
 
 # %% ../nbs/01_tokenizers.ipynb #74a462eb
 import hashlib
@@ -177,8 +177,8 @@ def load_image_tokenizer(
     device: str | torch.device = 'cpu',  # where encoding and decoding run
 ) -> VQTokenizer:
     "An image tokenizer by name; `BadInput` when there is none."
-    path = data_path('image_tokenizer') if name == 'bundled' else Path(name).expanduser()
-    if not path.is_dir():
+    path = data_path('image_tokenizer') if name == 'bundled' else Path(os.path.expanduser(name))
+    if not os.path.isdir(path):
         if not _HUB_NAME.fullmatch(name) or name.startswith('.'):
             raise BadInput(f"image_tokenizer={name!r} is neither 'bundled', nor a folder, nor a hub name owner/model or owner/model:folder.{nearest(name, ['bundled'])}")
         path = _from_hub(name)
@@ -192,17 +192,26 @@ def _config(folder, name):
     if not (folder/'config.json').exists():
         raise BadInput(f'image_tokenizer={name!r}: the folder has no config.json; give a folder written by save_pretrained (of `t2i convert`, for a published checkpoint).')
     try:
-        config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-        return config.get('_class_name') or config.get('model_type') or str(config.get('architectures')), config
-    except (ValueError, AttributeError) as e: raise BadInput(f'image_tokenizer={name!r}: its config.json cannot be read ({e}); copy the folder again.') from e
+        config = read_json(folder/'config.json')
+        return str(config.get('_class_name') or config.get('model_type') or config.get('architectures')), config
+    except (OSError, ValueError, AttributeError) as e: raise BadInput(f'image_tokenizer={name!r}: its config.json cannot be read ({e}); copy the folder again.') from e
+
+def _check_size(path, config):
+    "A config that describes more weights than there are would take the memory for them."
+    if not 0 < config.get('layers_per_block', 1) <= 64: raise ValueError(f'layers_per_block={config["layers_per_block"]!r}')
+    with torch.device('meta'): wanted = sum(p.numel() for p in VQModel.from_config(config).parameters())
+    if wanted > sum(f.stat().st_size for f in path.glob('*.safetensors')): raise ValueError(f'its config.json describes {wanted:,} weights, more than the files hold')
 
 def _diffusers_tokenizer(path, name, device):
-    try: model, info = VQModel.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
-        raise BadInput(f'image_tokenizer={name!r} could not be loaded as a diffusers VQModel ({str(e).splitlines()[0][:200]}); write it with save_pretrained as safetensors.') from e
+    try:
+        _check_size(path, _config(path, name)[1])
+        model, info = VQModel.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+        tokenizer = VQTokenizer(model.float().to(device), Path(name).name, fingerprint_weights(path))
+    except Exception as e:  # of safetensors, torch, and whatever diffusers raises for values that no model has
+        raise BadInput(f'image_tokenizer={name!r} could not be loaded as a diffusers VQModel ({(str(e) or type(e).__name__).splitlines()[0][:200]}); write it with save_pretrained as safetensors.') from e
     if info['missing_keys']:
         raise BadInput(f'image_tokenizer={name!r}: the weights lack {len(info["missing_keys"])} tensors ({info["missing_keys"][0]} ...), which would be random; give the whole file.')
-    return VQTokenizer(model.float().to(device), Path(name).name, fingerprint_weights(path))
+    return tokenizer
 
 # %% ../nbs/01_tokenizers.ipynb #6ae54ffd
 def _files_of(folder, whole):
@@ -314,7 +323,7 @@ class ShardedCodes(np.lib.mixins.NDArrayOperatorsMixin):
         length: int,  # codes of an image
     ):
         self.starts, self.shape = np.cumsum([0, *pairs]), (sum(pairs), length)
-        self._shard = lru_cache(64)(lambda k: np.memmap(files[k], dtype=np.uint16, mode='r').reshape(-1, length))
+        self._shard = lru_cache(512)(lambda k: np.memmap(files[k], dtype=np.uint16, mode='r').reshape(-1, length))
 
     size = property(lambda self: self.shape[0] * self.shape[1])
     def __len__(self): return self.shape[0]
@@ -333,6 +342,16 @@ class ShardedCodes(np.lib.mixins.NDArrayOperatorsMixin):
         return out
 
 # %% ../nbs/01_tokenizers.ipynb #3ebf1578
+def _no_captions(file): return BadInput(f'the token store {file.parent} is damaged ({file.name} does not hold a caption a line); delete the folder and tokenise again.')
+
+def _caption(line, file):
+    "The caption in a line of a store; `BadInput` if there is none."
+    try: caption = json.loads(line)['caption']
+    except (ValueError, LookupError, TypeError, RecursionError) as e: raise _no_captions(file) from e
+    if not isinstance(caption, str): raise _no_captions(file)
+    return caption
+
+# %% ../nbs/01_tokenizers.ipynb #d5b9a56c
 class ShardedCaptions(Sequence):
     "The captions of a store in shards, read like a list."
     def __init__(self,
@@ -343,13 +362,17 @@ class ShardedCaptions(Sequence):
 
     def _open(self, k):
         "The bytes of a shard, and where its lines end."
-        content = np.memmap(self.files[k], dtype=np.uint8, mode='r')
-        return content, np.append(-1, np.flatnonzero(content == ord('\n')))
+        try: content = np.memmap(self.files[k], dtype=np.uint8, mode='r')
+        except (OSError, ValueError) as e: raise _no_captions(self.files[k]) from e
+        ends = np.append(-1, np.flatnonzero(content == ord('\n')))
+        if len(ends) - 1 != self.starts[k + 1] - self.starts[k] or ends[-1] + 1 != len(content): raise _no_captions(self.files[k])
+        return content, ends
 
     def __len__(self): return int(self.starts[-1])
     def __iter__(self):
-        for file in self.files:
-            with file.open('rb') as lines: yield from (json.loads(line)['caption'] for line in lines)
+        for k, file in enumerate(self.files):
+            self._shard(k)                                                       # looks whether the lines are as many as they should be
+            with file.open('rb') as lines: yield from (_caption(line, file) for line in lines)
 
     def __getitem__(self, i):
         if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
@@ -357,15 +380,29 @@ class ShardedCaptions(Sequence):
         k = int(np.searchsorted(self.starts, i, 'right')) - 1
         content, ends = self._shard(k)
         start, end = ends[i - self.starts[k]:][:2]
-        return json.loads(content[start + 1:end].tobytes())['caption']
+        return _caption(content[start + 1:end].tobytes(), self.files[k])
 
 # %% ../nbs/01_tokenizers.ipynb #c7d78a21
+def _largest(file):
+    "The largest code in a file of codes."
+    codes = np.memmap(file, dtype=np.uint16, mode='r', shape=file.stat().st_size // 2) if file.stat().st_size > 1 else [0]
+    return max(int(np.max(codes[i:i + 2**24])) for i in range(0, len(codes), 2**24))
+
 def store_fingerprint(
     meta: dict,  # a store's meta.json
 ) -> str:  # hex SHA-256
     "What identifies a store: the checksums of its files, its grid and its codebook."
     return hashlib.sha256(json.dumps([meta['sha256'], meta['grid'], meta['vocab_size']], sort_keys=True).encode()).hexdigest()
 
+def _is_meta(meta):
+    "Whether a meta.json holds values of the right types, so that nothing else is read by them."
+    count = lambda n, most: type(n) is int and 0 < n <= most
+    shards = meta.get('shards', [])
+    return (len(meta['grid']) == 2 and all(count(n, 2**16) for n in meta['grid']) and count(meta['vocab_size'], 2**16) and {'source', 'split', 'data_fingerprint', 'tokenizer_fingerprint'} <= set(meta)
+            and isinstance(shards, list) and all(count(shard['pairs'], 2**40) for shard in shards)
+            and all(isinstance(sums, dict) and set(sums) == set(STORE_FILES) for sums in (meta['sha256'], *(shard['sha256'] for shard in shards))))
+
+# %% ../nbs/01_tokenizers.ipynb #955089db
 class TokenStore:
     "Codes and captions of a tokenised data set; random access without reading it all."
     def __init__(self,
@@ -375,22 +412,24 @@ class TokenStore:
         self.folder = Path(folder)
         if not (self.folder/'meta.json').exists(): raise BadInput(f'{self.folder} is no finished token store (no meta.json); tokenise again, it goes on where it stopped.')
         try:
-            self.meta = json.loads((self.folder/'meta.json').read_text(encoding='utf-8'))
+            self.meta = read_json(self.folder/'meta.json')
             self.grid, self.vocab_size, self.fingerprint = tuple(self.meta['grid']), self.meta['vocab_size'], self.meta['fingerprint']
-            whole = store_fingerprint(self.meta) == self.fingerprint
-        except (ValueError, KeyError, TypeError): whole = False
+            whole = _is_meta(self.meta) and store_fingerprint(self.meta) == self.fingerprint
+        except (OSError, ValueError, KeyError, TypeError, AttributeError): whole = False
         if not whole: raise self._damaged('meta.json')
         if verify: self.verify()
         (codes, captions), length = (self.files(name) for name in STORE_FILES), self.grid[0] * self.grid[1]
-        if pairs := [shard['pairs'] for shard in self.meta.get('shards', ())]:
-            for file, n in zip(codes, pairs):
-                if not file.exists() or file.stat().st_size != 2 * n * length: raise self._damaged(file.name)
-            self.codes, self.captions = ShardedCodes(codes, pairs, length), ShardedCaptions(captions, pairs)
-            return
-        self.codes = np.memmap(codes[0], dtype=np.uint16, mode='r').reshape(-1, length)
-        self.captions = [json.loads(line)['caption'] for line in captions[0].open(encoding='utf-8')]
+        pairs = [shard['pairs'] for shard in self.meta.get('shards', ())]
+        for file, n in zip(codes, pairs or [None]):
+            size = file.stat().st_size if file.exists() else 0
+            if not size or size % (2 * length) or n not in (None, size // (2 * length)): raise self._damaged(file.name)
+        if pairs: self.codes, self.captions = ShardedCodes(codes, pairs, length), ShardedCaptions(captions, pairs)
+        else:
+            self.codes = np.memmap(codes[0], dtype=np.uint16, mode='r').reshape(-1, length)
+            with captions[0].open('rb') as lines: self.captions = [_caption(line, captions[0]) for line in lines]
+            if len(self.captions) != len(self.codes): raise self._damaged('captions.jsonl')
 
-    def _damaged(self, name): return BadInput(f'the token store {self.folder} is damaged ({name} does not match its checksum); delete the folder and tokenise again.')
+    def _damaged(self, name): return BadInput(f'the token store {self.folder} is damaged ({name} does not match its checksum or the other files); delete the folder and tokenise again.')
 
     def files(self, name): return store_files(self.folder, name, len(self.meta.get('shards', ())))
 
@@ -400,6 +439,7 @@ class TokenStore:
             files, shards = self.files(name), self.meta.get('shards', ())
             gone = [file.name for file in files if not file.exists()]
             whole, each = (None, []) if gone else _digests(files)
+            if whole == digest and name == STORE_FILES[0] and max(map(_largest, files)) >= self.vocab_size: raise self._damaged(name)
             if whole != digest: raise self._damaged(next(iter(gone + [f.name for f, shard, one in zip(files, shards, each) if shard['sha256'][name] != one]), name))
 
     def __len__(self): return len(self.codes)
@@ -423,9 +463,10 @@ def _take_up(folder, of):
     state = fresh = dict(of=of, row=0, kept=0, code_bytes=0, caption_bytes=0, report={})
     sizes = {'codes.bin': 'code_bytes', 'captions.jsonl': 'caption_bytes'}
     try:
-        state = fresh | json.loads((folder/'progress.json').read_text(encoding='utf-8'))
-        if any((folder/name).stat().st_size < state[size] for name, size in sizes.items()): state = fresh
-    except (OSError, ValueError, TypeError): state = fresh
+        state = fresh | read_json(folder/'progress.json')
+        counts = [state[key] for key in ('row', 'kept', *sizes.values())] + list(state['report'].values())
+        if not all(type(n) is int and n >= 0 for n in counts) or any((folder/name).stat().st_size < state[size] for name, size in sizes.items()): state = fresh
+    except (OSError, ValueError, TypeError, AttributeError): state = fresh
     if state['of'] != of: raise BadInput(f'{folder} holds an unfinished store of other data or another tokenizer; give another folder, or delete this one.')
     for name, size in sizes.items():
         with (folder/name).open('ab') as f: f.truncate(state[size])

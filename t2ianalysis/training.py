@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'NAMELESS', 'ADDED', 'KINDS', 'Config', 'make_config', 'check_config', 'Material', 'captions_of', 'prepare',
-           'run_id', 'lr_at', 'token_losses', 'sums_by_kind', 'means', 'make_optimizer', 'evaluate', 'save_checkpoint',
-           'find_checkpoint', 'environment', 'is_done', 'Log', 'Diverged', 'train', 'start', 'place_rows',
-           'documents_at', 'my_batches', 'fresh_accelerator', 'open_record', 'close_record', 'kept_steps', 'kept',
-           'is_whole', 'save_weights', 'load_run', 'load_runs', 'ensure_runs']
+           'run_id', 'lr_at', 'token_losses', 'sums_by_kind', 'means', 'make_optimizer', 'evaluate', 'whole_weights',
+           'save_checkpoint', 'find_checkpoint', 'environment', 'is_done', 'Log', 'Diverged', 'train', 'said', 'start',
+           'distribute', 'syncing', 'place_rows', 'documents_at', 'batches_at', 'feed', 'fresh_accelerator',
+           'open_record', 'close_record', 'kept_steps', 'kept', 'is_whole', 'save_weights', 'load_run', 'load_runs',
+           'ensure_runs']
 
 # %% ../nbs/04_training.ipynb #dda85a62
 from .data import BadInput, Captions, clear_leftovers, home, load_captions, load_prose, nearest, work_path, write_atomic
@@ -26,24 +27,35 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from filelock import FileLock
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from . import __version__
+from .compute import Scored, fast_cpu, slots_of, slow_mkl
 from t2ianalysis.models import (
     INITS,
     RULES,
+    blocks,
     context_length,
     decays,
     fingerprint_lm,
@@ -55,13 +67,13 @@ from t2ianalysis.models import (
     seed_of,
     widen,
 )
-from .sequences import LAYOUTS, Batch, Kind, Prose, Sequences, Vocab, collate, order
+from .sequences import LAYOUTS, Batch, Kind, Prose, Sequences, Vocab, by_length, collate, order
 from .tokenizers import load_image_tokenizer, tokenize_captions
 
 # %% ../nbs/04_training.ipynb #343551d1
 @dataclass(frozen=True)
 class Config:
-    "What a run is. `checkpoint_every` and `keep` alone do not change its numbers."
+    "What a run is. `checkpoint_every`, `keep`, `checkpointing`, `compile` and `shard` do not change its numbers, but for rounding."
     preset: str = 'laptop'          # where the values come from, and the folder of the figures
     lm: str = 'bundled'             # language model: 'bundled', 'smollm2-135m', a folder or a hub name
     init: str = 'pretrained'        # its weights: 'pretrained', 'random' (transformers) or 'open_lm'
@@ -92,6 +104,9 @@ class Config:
     prose: str = 'english'          # that text: 'english' (the shipped sample) or a text file
     captions: str = 'first'         # of several captions of an image: the 'first', or 'each', a pair for every one
     dedup: int = -1                 # leave out images within so many bits (0 to 8) of an earlier one; -1: none
+    checkpointing: bool = False     # compute activations twice instead of keeping them: less memory, a third more time
+    compile: bool = False           # compile the layers with torch.compile
+    shard: bool = False             # divide weights, gradients and optimizer among the processes (FSDP2) instead of copying them (DDP)
     keep: int = 1                   # weights kept: 1: of the last step; n: also of steps/4, steps/16 ...; 0: none
 
     def _repr_markdown_(self):
@@ -144,6 +159,8 @@ def check_config(
         if not 0 <= getattr(config, name) < 1: raise BadInput(f'{name}={getattr(config, name)} is no share; give a number from 0 up to, but not including, 1.')
     if config.caption_dropout and config.layout != 'text-image': raise BadInput(f"caption_dropout={config.caption_dropout} needs captions to drop; set layout='text-image', or caption_dropout=0.")
     if config.batch % config.accumulation: raise BadInput(f'batch={config.batch} does not divide into accumulation={config.accumulation} equal parts; make it a multiple.')
+    if config.shard and 'new rows' in RULES[config.trainable]:
+        raise BadInput(f'shard=True divides the embedding among processes, and trainable={config.trainable!r} holds a part of its rows; set shard=False.')
     return config
 
 # %% ../nbs/04_training.ipynb #8064fcd4
@@ -189,7 +206,7 @@ def _rows_file(config):
     return file
 
 # %% ../nbs/04_training.ipynb #917a793e
-NAMELESS = ('checkpoint_every', 'keep', 'rows', 'prose', 'captions', 'dedup')  # fields that do not decide the numbers, or whose content is in the fingerprint
+NAMELESS = ('checkpoint_every', 'keep', 'checkpointing', 'compile', 'shard', 'rows', 'prose', 'captions', 'dedup')  # fields that do not decide the numbers, or whose content is in the fingerprint
 ADDED = dict(trainable='all', caption_dropout=0.0, prose_share=0.0)  # fields of later versions, at the value that says what was done before
 
 def run_id(
@@ -216,7 +233,7 @@ def token_losses(
     model,
     batch: Batch,
 ) -> torch.Tensor:  # float32 (B, T-1), nats; 0 at padding
-    "Cross-entropy of every token that counts. No attention mask: padding is on the right, out of sight of every real token."
+    "Cross-entropy of every token that counts, by way of all logits: for one batch, and the reference of `compute.Scored`, which the loop uses. No attention mask: padding is on the right, out of sight of every real token."
     logits = model(input_ids=batch.inputs, use_cache=False).logits.float()
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction='none').view(batch.labels.shape)
 
@@ -252,21 +269,33 @@ def make_optimizer(
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
-    model,
+    model,  # a `Scored`, wrapped or not
     data: Sequences,
     batch: int,  # sequences at a time, over all processes
 ) -> dict:  # as `means`
     "Mean loss by kind over a whole data set, shared among the processes."
-    model = accelerator.unwrap_model(model).eval()                              # each process has its own number of batches: no talk between them until the end
-    sums = torch.zeros(len(Kind), 2, dtype=torch.float64, device=accelerator.device)
-    mine, size = range(accelerator.process_index, len(data), accelerator.num_processes), math.ceil(batch / accelerator.num_processes)
-    for i in range(0, len(mine), size):
-        b = data.batch(list(mine[i:i + size])).to(accelerator.device)
-        with accelerator.autocast(): sums += sums_by_kind(token_losses(model, b), b.label_kind)
+    world, device = accelerator.num_processes, accelerator.device
+    model = accelerator.unwrap_model(model).eval()
+    sums = torch.zeros(len(Kind), 2, dtype=torch.float64, device=device)
+    mine, size = range(accelerator.process_index, len(data), world), math.ceil(batch / world)
+    for i in range(0, math.ceil(len(data) / world), size):                      # as many batches in every process: sharded weights are gathered together
+        b = data.batch(list(mine[i:i + size]) or [0]).to(device)
+        with accelerator.autocast(): _, losses = model(b.inputs, b.labels)
+        if mine[i:i + size]: sums += sums_by_kind(losses, b.label_kind)
     model.train()
     return means(accelerator.reduce(sums))
 
 # %% ../nbs/04_training.ipynb #495f8857
+def _whole(x): return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+
+def whole_weights(
+    lm,  # every process calls this, if it is sharded
+) -> dict | None:  # name to tensor; None where they are whole already
+    "The weights of a sharded model, on the CPU; a tied one is the same tensor under both names."
+    if not any(isinstance(p, DTensor) for p in lm.parameters()): return None
+    whole = {id(p): _whole(p.detach()) for p in lm.parameters()}
+    return {name: whole[id(p)] for name, p in lm.named_parameters(remove_duplicate=False)} | dict(lm.named_buffers())
+
 def _out_of_space(error):
     "True if a write failed for want of space; torch and safetensors say so in words only."
     words = ('No space left', 'File too large', 'quota exceeded', 'os error 28', 'os error 27', 'file write failed')
@@ -279,16 +308,19 @@ def save_checkpoint(
     folder: Path,  # of the run
     step: int,  # updates done
     tokens: int,  # tokens of loss seen
-    model,  # unwrapped
+    lm,  # the language model; sharded or not, the checkpoint is the same
     optimizer,
-) -> Path:
+    main: bool = True,  # this process writes; with sharded weights, the others only give their part
+):
     "Write `checkpoints/<step>`, whole or not at all; `BadInput` when the disk is full."
+    weights, state = whole_weights(lm), tree_map(_whole, optimizer.state_dict())
+    if not main: return
     final, beside = folder/'checkpoints'/f'{step:08d}', folder/'checkpoints'/'unfinished'
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
-        model.save_pretrained(beside)
-        torch.save(optimizer.state_dict(), beside/'optimizer.pt')
+        lm.save_pretrained(beside, state_dict=weights)
+        torch.save(state, beside/'optimizer.pt')
         write_atomic(beside/'state.json', json.dumps(dict(step=step, tokens=tokens, sha256=_checksums(beside))))
         os.replace(beside, final)
     except Exception as e:
@@ -296,7 +328,6 @@ def save_checkpoint(
         if not _out_of_space(e): raise
         raise BadInput(f'no space left for the checkpoint of step {step} in {folder}; the last good checkpoint is kept: free some space and start the same run again.') from e
     for old in sorted(p for p in (folder/'checkpoints').iterdir() if p.name.isdigit())[:-2]: shutil.rmtree(old)
-    return final
 
 # %% ../nbs/04_training.ipynb #3c272349
 def find_checkpoint(
@@ -312,12 +343,14 @@ def find_checkpoint(
     return None
 
 # %% ../nbs/04_training.ipynb #ba9ccf57
-def environment() -> dict:
-    "Versions, commit and device, for the record."
+def environment(
+    **computing,  # how the run was computed
+) -> dict:
+    "Versions, commit, device and way of computing, for the record."
     packages = ('torch', 'transformers', 'accelerate', 'diffusers', 'datasets', 'numpy')
     git = subprocess.run(['git', '-C', str(home()), 'describe', '--always', '--dirty', '--exclude=*'], capture_output=True, text=True) if (home()/'.git').exists() else None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
-    return dict(t2ianalysis=__version__, commit=git.stdout.strip() if git else None, python=platform.python_version(), device=device) | {p: metadata.version(p) for p in packages}
+    return dict(t2ianalysis=__version__, commit=git.stdout.strip() if git else None, python=platform.python_version(), device=device) | {p: metadata.version(p) for p in packages} | computing
 
 def is_done(
     folder: Path,  # of the run
@@ -355,29 +388,85 @@ def train(
     bar: tqdm | None = None,  # advanced by one a step
 ) -> Path:  # the run's folder
     "Train one run, or go on with it from its last checkpoint; a finished one is left as it is."
-    material = material or prepare(config)
+    material, accelerator = material or prepare(config), fresh_accelerator(config)
+    if config.batch < config.accumulation * accelerator.num_processes:
+        raise BadInput(f'batch={config.batch} is less than a sequence for each of {accelerator.num_processes} processes and accumulation={config.accumulation}; raise it, or lower the others.')
     folder = work_path('runs', run_id(config, material.fingerprint))
-    folder.mkdir(parents=True, exist_ok=True)
-    first = os.environ.get('RANK', '0') == '0'                                  # one lock a run: a second job waits, the ranks of one job do not
-    with FileLock(folder/'lock') if first else contextlib.nullcontext(), _terminated() as stop:
-        if not is_whole(config, folder):
-            if first: clear_leftovers(folder)
-            (folder/'done.json').unlink(missing_ok=True)                        # a finished record that lacks weights is made again
-            _train(config, material, folder, bar, stop)
+    with _alone(folder, accelerator), _terminated() as stop, fast_cpu() if accelerator.device.type == 'cpu' else contextlib.nullcontext():
+        if said(accelerator, lambda: _begin(config, folder)): _train(config, material, folder, bar, stop, accelerator)
     return folder
 
+def _begin(config, folder):
+    "True if the run is to be trained; what a killed one has left half done is cleared."
+    if is_whole(config, folder): return False
+    clear_leftovers(folder)
+    (folder/'done.json').unlink(missing_ok=True)                                # a finished record that lacks weights is made again
+    return True
+
 # %% ../nbs/04_training.ipynb #216083b0
+def said(accelerator, ask):
+    "What `ask()` gives in the main process, in every process; its `BadInput` too."
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try: answer[0] = ask()
+        except BadInput as e: answer[1] = str(e)
+    value, error = broadcast_object_list(answer)
+    if error: raise BadInput(error)
+    return value
+
+@contextlib.contextmanager
+def _alone(folder, accelerator):
+    "One job trains a run: a second one of one process waits for it, one of several says so and ends."
+    lock = FileLock(folder/'lock')
+    def take():
+        folder.mkdir(parents=True, exist_ok=True)
+        try: lock.acquire(timeout=0)
+        except Timeout:
+            if accelerator.num_processes > 1: raise BadInput(f'run {folder.name} is being trained by another job; wait for it and start again.') from None
+            print(f'{folder.name} is being trained by another process; waiting for it.', flush=True); lock.acquire()
+        except OSError as e: raise BadInput(f'the record {folder} cannot be written ({e.strerror or e}); give another folder of results by T2I_WORK, or the right to write there.') from e
+    said(accelerator, take)
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/04_training.ipynb #a1c2d9da
 def start(config, material, folder, accelerator):
     "The model and optimizer at the last checkpoint, or at step 0."
-    checkpoint, vocab = find_checkpoint(folder), material.train.vocab
-    if checkpoint: model = load_lm(str(checkpoint))
-    else: model = place_rows(widen(load_lm(config.lm, config.init, config.seed), vocab, ('rows', config.init, config.seed)), vocab, config)
-    freeze(model, config.trainable, vocab)
-    model = accelerator.prepare_model(model.to(accelerator.device))
+    checkpoint, vocab = said(accelerator, lambda: find_checkpoint(folder)), material.train.vocab
+    if checkpoint: lm = load_lm(str(checkpoint))
+    else: lm = place_rows(widen(load_lm(config.lm, config.init, config.seed), vocab, ('rows', config.init, config.seed)), vocab, config)
+    freeze(lm, config.trainable, vocab)
+    model = distribute(Scored(lm, config.length), config, accelerator)
     optimizer = make_optimizer(model, config)
-    state = json.loads((checkpoint/'state.json').read_text()) if checkpoint else dict(step=0, tokens=0)
-    if checkpoint: optimizer.load_state_dict(torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location=accelerator.device))
-    return model, accelerator.prepare_optimizer(optimizer), state['step'], state['tokens']
+    if not checkpoint: return model, optimizer, 0, 0
+    state, saved = (json.loads((checkpoint/'state.json').read_text()), torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location='cpu'))
+    for n, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        if isinstance(p, DTensor): saved['state'][n] = {k: distribute_tensor(v, p.device_mesh, p.placements) if v.ndim else v for k, v in saved['state'][n].items()}
+    optimizer.load_state_dict(saved)
+    return model, optimizer, state['step'], state['tokens']
+
+# %% ../nbs/04_training.ipynb #14cb1a45
+def distribute(
+    model: Scored,
+    config: Config,
+    accelerator: Accelerator,
+):  # the model, on its device, wrapped for many processes
+    "Apply `checkpointing`, `compile` and `shard`; `BadInput` where the architecture does not have it."
+    if config.checkpointing:
+        try: model.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+        except ValueError as e: raise BadInput(f'checkpointing=True: {type(model.lm).__name__} has no activation checkpointing; set checkpointing=False.') from e
+    if config.compile:
+        for block in blocks(model.lm): block.compile(dynamic=True)
+    if not (config.shard and accelerator.num_processes > 1): return accelerator.prepare_model(model.to(accelerator.device))
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in blocks(model.lm): fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+@contextlib.contextmanager
+def syncing(model, last):
+    "Processes exchange gradients at the last part of a step only."
+    if isinstance(model, FSDPModule): model.set_requires_gradient_sync(last)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext(): yield
 
 # %% ../nbs/04_training.ipynb #2e7d1aa0
 @torch.no_grad()
@@ -400,63 +489,94 @@ def documents_at(
     config: Config,
     material: Material,
     step: int,
-) -> list[tuple[list[int], bool]]:  # token ids, whether it is plain text; one for each place in the batch
-    "The documents of a step."
-    pairs = order(config.seed, step, len(material.train), config.batch)
-    if not (config.caption_dropout or config.prose_share): return [(material.train[n], False) for n in pairs]
-    draws = torch.rand(config.batch, 2, generator=generator('mixture', config.seed, step)).tolist()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (batch,) each: number int64, whether a pair has its caption, whether it is plain text
+    "What is in each place of a step's batch."
+    pairs, none = order(config.seed, step, len(material.train), config.batch), np.zeros(config.batch, bool)
+    if not (config.caption_dropout or config.prose_share): return pairs, ~none, none
+    a, b = torch.rand(config.batch, 2, generator=generator('mixture', config.seed, step)).double().numpy().T
     texts = order(f'prose {config.seed}', step, len(material.prose), config.batch) if config.prose_share else pairs
-    return [(material.prose[t], True) if a < config.prose_share else (material.train.without_caption(n) if b < config.caption_dropout else material.train[n], False)
-            for n, t, (a, b) in zip(pairs, texts, draws)]
+    return np.where(a < config.prose_share, texts, pairs), b >= config.caption_dropout, a < config.prose_share
 
-def my_batches(config, material, accelerator, step):
-    "What this process computes of a step, in `accumulation` parts."
-    share = documents_at(config, material, step)[accelerator.process_index::accelerator.num_processes]
-    size = math.ceil(len(share) / config.accumulation)
-    parts = [share[i:i + size] for i in range(0, len(share), size)]
-    return [collate(material.train.vocab, [ids for ids, _ in part], [i for i, (_, prose) in enumerate(part) if prose]).to(accelerator.device) for part in parts]
+def batches_at(
+    config: Config,
+    material: Material,
+    step: int,
+    process: int = 0,
+    processes: int = 1,
+) -> tuple[int, list[Batch]]:  # tokens of loss of the whole step, over all processes; what this process computes of it
+    "The batches of a step, in `accumulation` parts of similar lengths."
+    number, captioned, prose = documents_at(config, material, step)
+    length = np.where(prose, material.prose.lengths(np.where(prose, number, 0)) if prose.any() else 0, material.train.lengths(np.where(prose, 0, number), captioned))
+    mine, parts = np.arange(config.batch)[process::processes], []
+    for part in by_length(length[mine], config.accumulation):
+        pairs, texts = (mine[part][prose[mine[part]] == plain] for plain in (False, True))
+        documents = material.train.documents(number[pairs], captioned[pairs]) + (material.prose.documents(number[texts]) if len(texts) else [])
+        parts.append(collate(material.train.vocab, documents, range(len(pairs), len(documents))))
+    return int((length - 1).sum()), parts
 
 # %% ../nbs/04_training.ipynb #396698c3
-def _train(config, material, folder, bar, stop):
-    accelerator = fresh_accelerator(config)
-    world, main = accelerator.num_processes, accelerator.is_main_process
+def feed(
+    config: Config,
+    material: Material,
+    accelerator: Accelerator,
+    first: int = 0,  # step
+) -> Iterator[tuple[int, int, list]]:  # step, tokens of loss of the whole step, parts: inputs, labels, slots, kind of the labels
+    "The steps of a run from `first` on, each made in a thread while the one before is computed; to a GPU by way of page-locked memory."
+    pin = accelerator.device.type == 'cuda'
+    def make(step):
+        count, parts = batches_at(config, material, step, accelerator.process_index, accelerator.num_processes)
+        parts = [(b.inputs, b.labels, slots_of(b.labels), b.label_kind) for b in parts]
+        return count, [tuple(x.contiguous().pin_memory() if pin else x for x in part) for part in parts]
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(make, first)
+        for step in range(first, config.steps):
+            count, parts = ahead.result()
+            if step + 1 < config.steps: ahead = thread.submit(make, step + 1)
+            yield step, count, [tuple(x.to(accelerator.device, non_blocking=pin) for x in part) for part in parts]
+
+# %% ../nbs/04_training.ipynb #4109f89f
+def _train(config, material, folder, bar, stop, accelerator):
+    world, main, lm = accelerator.num_processes, accelerator.is_main_process, None
     model, optimizer, first, tokens = start(config, material, folder, accelerator)
-    if main: open_record(folder, config, material)
+    lm, at_once = accelerator.unwrap_model(model).lm, max(1, config.batch // config.accumulation)
+    if main: open_record(folder, config, material, accelerator, model)
     log, timing = (Log(folder/f'{name}.jsonl', first) if main else None for name in ('metrics', 'timing'))
     if bar is not None: bar.update(first)
-    if first == 0:
-        result = evaluate(accelerator, model, material.valid, config.batch // config.accumulation)
-        if main: log.write(step=0, split='validation', tokens=0, **result)
-    for step in range(first, config.steps):
-        t0 = time.perf_counter()
+    def validate(step):
+        result = evaluate(accelerator, model, material.valid, at_once)
+        if main: log.write(step=step, split='validation', tokens=tokens, **result)
+    if first == 0: validate(0)
+    t0 = time.perf_counter()
+    for step, count, parts in feed(config, material, accelerator, first):
         torch.manual_seed(seed_of('dropout', config.seed, step, accelerator.process_index))
         for group in optimizer.param_groups: group['lr'] = lr_at(config, step)
-        batches = my_batches(config, material, accelerator, step)
-        count = accelerator.reduce(torch.tensor(sum(b.tokens for b in batches), device=accelerator.device)).item()
         sums = torch.zeros(len(Kind), 2, dtype=torch.float64, device=accelerator.device)
-        for i, batch in enumerate(batches):
-            with accelerator.no_sync(model) if i + 1 < len(batches) else contextlib.nullcontext():
-                with accelerator.autocast(): losses = token_losses(model, batch)
-                accelerator.backward(losses.sum() * world / count)
-            sums += sums_by_kind(losses, batch.label_kind)
-        sums, norm = accelerator.reduce(sums), accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        for i, (inputs, labels, slots, kind) in enumerate(parts):
+            with syncing(model, i + 1 == len(parts)):
+                with accelerator.autocast(): loss, losses = model(inputs, labels, slots)
+                accelerator.backward(loss * world / count)
+            sums += sums_by_kind(losses, kind)
+        norm = _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
+        sums[Kind.PAD, 0] = stop.is_set()                                       # of all processes, one that is told to stop stops them all
+        sums = accelerator.reduce(sums)
+        stopping, sums[Kind.PAD, 0] = sums[Kind.PAD, 0].item() > 0, 0
         if not math.isfinite(sums.sum().item()) or not math.isfinite(norm): raise Diverged(
             f'the loss or gradient is not a number at step {step + 1} of {folder.name}; the last good checkpoint is kept; try a lower lr than {config.lr:g}.')
         optimizer.step(); optimizer.zero_grad()
         tokens += count; done = step + 1
         if main:
-            line = means(sums); seconds = time.perf_counter() - t0
-            log.write(step=done, split='train', tokens=tokens, lr=round(lr_at(config, step), 10), grad_norm=round(float(norm), 6), **line)
+            line, t0, seconds = means(sums), time.perf_counter(), time.perf_counter() - t0
+            log.write(step=done, split='train', tokens=tokens, lr=round(lr_at(config, step), 10), grad_norm=round(norm, 6), **line)
             timing.write(step=done, seconds=round(seconds, 4), tokens_per_second=round(count / seconds, 1))
             if bar is not None: bar.update(1); bar.set_postfix_str(f'{config.init} seed {config.seed}: loss {line["total"]:.3f}', refresh=False)
-        if done % config.eval_every == 0 or done == config.steps:
-            result = evaluate(accelerator, model, material.valid, config.batch // config.accumulation)
-            if main: log.write(step=done, split='validation', tokens=tokens, **result)
-        if main and done in kept_steps(config) and done < config.steps: save_weights(folder, done, accelerator.unwrap_model(model))
-        if main and (done % config.checkpoint_every == 0 or stop.is_set()) and done < config.steps:
-            log.file.flush(); save_checkpoint(folder, done, tokens, accelerator.unwrap_model(model), optimizer)
-        if stop.is_set() and done < config.steps: raise SystemExit(f'stopped at step {done} of {folder.name}; start the same run again to go on from there.')
-    if main: close_record(config, folder, accelerator.unwrap_model(model), tokens, log, timing)
+        if done % config.eval_every == 0 or done == config.steps: validate(done)
+        if done in kept_steps(config) and done < config.steps: save_weights(folder, done, lm, main)
+        if (done % config.checkpoint_every == 0 or stopping) and done < config.steps:
+            if main: log.file.flush()
+            save_checkpoint(folder, done, tokens, lm, optimizer, main)
+        if stopping and done < config.steps: raise SystemExit(f'stopped at step {done} of {folder.name}; start the same run again to go on from there.')
+        t0 = time.perf_counter()
+    close_record(config, folder, lm, tokens, log, timing, main)
     accelerator.wait_for_everyone()
 
 # %% ../nbs/04_training.ipynb #459666dd
@@ -475,16 +595,19 @@ def _terminated():
     finally: signal.signal(signal.SIGTERM, old)
 
 # %% ../nbs/04_training.ipynb #8da28121
-def open_record(folder, config, material):
+def open_record(folder, config, material, accelerator, model):
     "config.json and environment.json."
-    shortened = dict(train=material.train.shortened, validation=material.valid.shortened)
+    shortened, scored = dict(train=material.train.shortened, validation=material.valid.shortened), accelerator.unwrap_model(model)
+    computing = dict(processes=accelerator.num_processes, sharded=isinstance(model, FSDPModule), logits_in_chunks=scored.lean, unpadded=scored.unpadded,
+                     products='oneDNN' if accelerator.device.type == 'cpu' and slow_mkl() else 'default')
     write_atomic(folder/'config.json', json.dumps(dict(config=dataclasses.asdict(config), fingerprint=material.fingerprint, captions_shortened=shortened), indent=1))
-    write_atomic(folder/'environment.json', json.dumps(environment(), indent=1))
+    write_atomic(folder/'environment.json', json.dumps(environment(**computing), indent=1))
 
-def close_record(config, folder, model, tokens, log, timing):
+def close_record(config, folder, lm, tokens, log, timing, main):
     "The last weights, then done.json, which makes the record whole."
+    if config.keep: save_weights(folder, config.steps, lm, main)
+    if not main: return
     log.close(); timing.close()
-    if config.keep: save_weights(folder, config.steps, model)
     write_atomic(folder/'done.json', json.dumps(dict(tokens=tokens, metrics_sha256=hashlib.sha256((folder/'metrics.jsonl').read_bytes()).hexdigest())))
     shutil.rmtree(folder/'checkpoints', ignore_errors=True)
 
@@ -512,12 +635,15 @@ def is_whole(config, folder):
 def save_weights(
     folder: Path,  # of the run
     step: int,
-    model,  # unwrapped
+    lm,  # the language model, sharded or not
+    main: bool = True,  # this process writes
 ):
     "Write `weights/<step>`, whole or not at all; `BadInput` when the disk is full."
+    weights = whole_weights(lm)
+    if not main: return
     final, beside = folder/'weights'/f'{step:08d}', folder/'weights'/'unfinished'
     shutil.rmtree(beside, ignore_errors=True); shutil.rmtree(final, ignore_errors=True)
-    try: model.save_pretrained(beside); os.replace(beside, final)
+    try: lm.save_pretrained(beside, state_dict=weights); os.replace(beside, final)
     except Exception as e:
         shutil.rmtree(beside, ignore_errors=True)
         if not _out_of_space(e): raise
@@ -553,7 +679,7 @@ def ensure_runs(
     "Train what is missing, load the rest: what every finding begins with."
     materials, folders = {}, []
     for c in configs:
-        key = (c.lm, c.image_tokenizer, c.data, c.px, c.pairs, c.layout, c.length, c.eval_pairs, c.rows, c.prose if c.prose_share else None)
+        key = (c.lm, c.image_tokenizer, c.data, c.px, c.pairs, c.layout, c.length, c.eval_pairs, c.captions, c.dedup, c.rows, c.prose if c.prose_share else None)
         if key not in materials: materials[key] = prepare(c, progress)
         folders.append((c, materials[key], work_path('runs', run_id(c, materials[key].fingerprint))))
     missing = [(c, m) for c, m, f in folders if not is_whole(c, f)]

@@ -6,10 +6,12 @@
 __all__ = ['read_vqgan', 'rename_vqgan', 'vqgan_sizes', 'vqmodel_config', 'check_vqgan_config', 'vqmodel_of', 'convert_vqgan']
 
 # %% ../nbs/14_vqgan.ipynb #5db85309
-from .data import BadInput, new_folder, write_folder
+from .data import BadInput, new_folder, read_yaml, write_folder
+from .open_lm import UNREADABLE, check_zip
 
 # %% ../nbs/14_vqgan.ipynb #cd837efc
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -17,7 +19,6 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers import VQModel
 
 # %% ../nbs/14_vqgan.ipynb #79d1a7c4
@@ -32,13 +33,14 @@ def _load(path):
     "What a torch file holds, by torch's `weights_only` reader; `BadInput` if it names any function that is not torch's."
     zipped = zipfile.is_zipfile(path)
     try:
+        if zipped: check_zip(path)
         strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         code = [name for name in strangers if name.split('.')[0] not in _TRAINERS]
         if code: raise BadInput(f'{path.name} holds code ({", ".join(sorted(code)[:3])}), which is not run; give a checkpoint that holds weights alone.')
         with torch.serialization.safe_globals([(OrderedDict if name.endswith('AttributeDict') else _Nothing, name) for name in strangers]):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except BadInput: raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, zipfile.BadZipFile) as e:
+    except (pickle.UnpicklingError, *UNREADABLE) as e:
         raise BadInput(f'{path.name} cannot be read as a torch checkpoint ({" ".join(str(e).split())[:160] or type(e).__name__}); it may be cut short: fetch it again.') from e
 
 # %% ../nbs/14_vqgan.ipynb #c615100b
@@ -49,8 +51,8 @@ def read_vqgan(
     ema: bool = False,  # take the moving averages (`ema_encoder.*` ...) in place of the weights
 ) -> tuple[dict[str, torch.Tensor], Counter]:  # the model's tensors by their published names; how many others were left, by kind
     "The tensors of a published checkpoint; nothing but tensors is read. `BadInput` if they are not those of a VQGAN."
-    path = Path(checkpoint).expanduser()
-    if not path.is_file(): raise BadInput(f'checkpoint={str(checkpoint)!r} is no file; give the published .ckpt file.')
+    path = Path(os.path.expanduser(checkpoint))
+    if not os.path.isfile(path): raise BadInput(f'checkpoint={str(checkpoint)!r} is no file; give the published .ckpt file.')
     saved = _load(path)
     saved = saved.get('state_dict', saved) if isinstance(saved, dict) else saved
     if not isinstance(saved, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in saved.items()):
@@ -94,14 +96,16 @@ def vqgan_sizes(
 ) -> dict:  # the fields of the original config, with `attention` (levels) for `attn_resolutions`, and whether the decoder's norms are `spatial`
     "The sizes of a published VQGAN, read from the shapes of its tensors; `BadInput` if one that it must have is missing."
     def shape(name):
-        if name in tensors: return tensors[name].shape
+        if name in tensors:
+            if tensors[name].ndim == (2 if 'embedding' in name else 4) and tensors[name].numel(): return tensors[name].shape
+            raise BadInput(f'the tensor {name} has shape {tuple(tensors[name].shape)}, which no VQGAN has; give the published .ckpt file.')
         why = 'a Gumbel VQGAN, whose codes are not those of the nearest vector' if 'quantize.embed.weight' in tensors else 'no VQGAN of this kind'
         raise BadInput(f'the checkpoint has no {name}: it is {why}; its keys are {", ".join(list(tensors)[:3])} ...')
     def count(pattern): return 1 + max((int(m[1]) for name in tensors if (m := re.match(pattern, name))), default=-1)
-    levels, ch = count(r'encoder\.down\.(\d+)\.'), shape('encoder.conv_in.weight')[0]
+    levels, ch = count(r'encoder\.down\.(\d\d?)\.'), shape('encoder.conv_in.weight')[0]
     return dict(
         in_channels=shape('encoder.conv_in.weight')[1], out_ch=shape('decoder.conv_out.weight')[0], ch=ch,
-        ch_mult=[shape(f'encoder.down.{i}.block.0.conv1.weight')[0] // ch for i in range(levels)], num_res_blocks=count(r'encoder\.down\.0\.block\.(\d+)\.'),
+        ch_mult=[shape(f'encoder.down.{i}.block.0.conv1.weight')[0] // ch for i in range(levels)], num_res_blocks=count(r'encoder\.down\.0\.block\.(\d\d?)\.'),
         attention=[i for i in range(levels) if f'encoder.down.{i}.attn.0.q.weight' in tensors], z_channels=shape('post_quant_conv.weight')[0],
         n_embed=shape('quantize.embedding.weight')[0], embed_dim=shape('quantize.embedding.weight')[1], spatial='decoder.norm_out.norm_layer.weight' in tensors)
 
@@ -128,9 +132,10 @@ def check_vqgan_config(
     sizes: dict,  # from `vqgan_sizes`
 ):
     "`BadInput` if a published config tells of other sizes than the tensors have."
-    try: tree = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, ValueError) as e: raise BadInput(f'{file.name} cannot be read ({" ".join(str(e).split())[:100]}); correct it, or move it away: the tensors are enough.') from e
-    told = {k: _find(tree, k) for k in ('n_embed', 'embed_dim')} | {k: v for k, v in (_find(tree, 'ddconfig') or {}).items() if k in sizes}
+    try: tree = read_yaml(file)
+    except (OSError, ValueError) as e: raise BadInput(f'{file.name} cannot be read ({" ".join(str(e).split())[:100]}); correct it, or move it away: the tensors are enough.') from e
+    sub = _find(tree, 'ddconfig')
+    told = {k: _find(tree, k) for k in ('n_embed', 'embed_dim')} | {k: v for k, v in (sub if isinstance(sub, dict) else {}).items() if k in sizes}
     told = {k: v for k, v in told.items() if v is not None}
     wrong = [k for k in told if told[k] != sizes[k]]
     if wrong: raise BadInput(f'{file.name} says {wrong[0]}={told[wrong[0]]}, but the tensors have {sizes[wrong[0]]}; give the config of this checkpoint, or move it away.')

@@ -1,6 +1,8 @@
 "Intervals, verdicts and figures, on runs with planted effects."
 import math
+import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -165,6 +167,15 @@ def test_a_figure_redrawn_has_the_same_bytes(runs, tmp_path):
 
 @pytest.mark.parametrize('name', ['perplexity', 'breakdown', 'verdicts'])
 def test_svg_bytes_are_equal(name, runs): assert plots._bytes(FIGURES[name](runs), 'svg') == plots._bytes(FIGURES[name](runs), 'svg')
+
+
+def test_labels_of_an_svg_keep_their_digits():
+    figure, ax = plt.subplots()
+    ax.plot([0, 0.123456], [0, 1])
+    ax.text(0, 0.5, '+0.624 [−0.0021, +1.250]')
+    svg = plots._bytes(figure, 'svg').decode()
+    plt.close(figure)
+    assert '>+0.624 [−0.0021, +1.250]<' in svg and not re.search(r'\d\.\d{3}', re.sub('>[^<]*<', '><', svg)) and '<!--' not in svg and len(svg) < 12_000
 
 
 @pytest.mark.parametrize('name', FIGURES)

@@ -1,6 +1,11 @@
 "Documents: nothing of an image is lost, nothing of a caption is lost silently, and every position is called what it is."
+import hashlib
 import json
 import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +13,8 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import find_packed_sequence_indices
 
 from t2ianalysis import sequences
 from t2ianalysis.data import BadInput, load_captions
@@ -17,16 +24,21 @@ from t2ianalysis.sequences import (
     SPECIALS,
     Batch,
     Kind,
+    Prose,
     Sequences,
     Vocab,
+    by_length,
     caption_ids,
     collate,
     document,
+    documents,
     order,
+    pack,
     read_document,
+    rows_of,
     text_fingerprint,
 )
-from t2ianalysis.tokenizers import tokenize_captions
+from t2ianalysis.tokenizers import ShardedCodes, tokenize_captions
 
 vocab = Vocab(text=300, codes=64)
 codes = st.lists(st.integers(0, 63), min_size=1, max_size=20)
@@ -103,19 +115,19 @@ def test_every_id_has_one_kind(text, codes):
 @settings(max_examples=100, deadline=None)
 @given(rows)
 def test_labels_and_kinds_of_a_batch(rows):
-    documents = [document(vocab, caption, image, len(image) + 6 + room, layout)[0] for caption, image, room, layout in rows]
-    batch = collate(vocab, documents)
-    assert batch.ids.shape == (len(rows), max(map(len, documents))) and batch.ids.dtype == torch.long  # trimmed to the longest
-    for row, kind, doc in zip(batch.ids.tolist(), batch.kind.tolist(), documents):
+    docs = [document(vocab, caption, image, len(image) + 6 + room, layout)[0] for caption, image, room, layout in rows]
+    batch = collate(vocab, docs)
+    assert batch.ids.shape == (len(rows), max(map(len, docs))) and batch.ids.dtype == torch.long  # trimmed to the longest
+    for row, kind, doc in zip(batch.ids.tolist(), batch.kind.tolist(), docs):
         assert row == doc + [vocab.special('<pad>')] * (len(row) - len(doc))           # padding on the right only
         assert kind == [vocab.kinds(torch.tensor([i])).item() for i in row]
     labels, kinds, pad = batch.labels, batch.label_kind, batch.label_kind == Kind.PAD
     assert labels.shape == kinds.shape == batch.inputs.shape == (len(rows), batch.ids.shape[1] - 1)
     assert torch.equal(labels == -100, pad) and torch.equal(vocab.kinds(labels[~pad]), kinds[~pad])
     assert torch.equal(batch.inputs[:, 1:][~pad[:, :-1]], labels[:, :-1][~pad[:, :-1]])    # labels are the inputs, one ahead
-    assert batch.tokens == sum(len(d) - 1 for d in documents) == (labels != -100).sum()
+    assert batch.tokens == sum(len(d) - 1 for d in docs) == (labels != -100).sum()
     assert (kinds == Kind.IMAGE).sum() == sum(len(image) for _, image, _, _ in rows)       # every code counts in the loss
-    assert torch.equal(batch.ids, collate(vocab, documents).ids)                           # looking at labels changes nothing
+    assert torch.equal(batch.ids, collate(vocab, docs).ids)                           # looking at labels changes nothing
 
 
 def test_a_batch_moves_and_shows():
@@ -123,8 +135,155 @@ def test_a_batch_moves_and_shows():
     moved = batch.to('cpu')
     assert isinstance(moved, Batch) and torch.equal(moved.ids, batch.ids) and torch.equal(moved.kind, batch.kind)
     html = batch._repr_html_()
-    width = lambda colour: sum(int(n) for n in re.findall(rf'width:(\d+)px;height:12px;background:{colour}', html)) // 7
+    width = lambda colour: sum(int(n) for n in re.findall(rf'width:(\d+)px;background:{colour}', html)) // 7
     assert width('#e69f00') == 2 + 1 and width('#56b4e9') == 2 + 1 and width('#eeeeee') == 2 + 1  # and one each in the key
+
+
+# Many documents at once
+
+shapes = st.integers(1, 20).flatmap(lambda n: st.lists(st.tuples(st.lists(st.integers(0, 299), max_size=30), st.lists(st.integers(0, 63), min_size=n, max_size=n)), min_size=1, max_size=6))
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, st.integers(0, 40), st.sampled_from(LAYOUTS))
+def test_many_documents_are_the_single_ones(pairs, room, layout):
+    length, image = len(pairs[0][1]) + AROUND[layout] + room, np.array([c for _, c in pairs], np.uint16)
+    many = documents(vocab, [np.array(c, np.int32) for c, _ in pairs], image, length, layout)
+    assert [d.tolist() for d in many] == [document(vocab, c, i, length, layout)[0] for c, i in pairs] and all(d.dtype == np.int64 for d in many)
+    with pytest.raises(BadInput, match='is too short'): documents(vocab, [np.array([1])] * len(pairs), image, length - room - 1, layout)
+
+
+class Words:
+    "A text tokenizer that reads numbers"
+    def get_vocab(self): return {'a': 0}
+    def __call__(self, texts, **_): return dict(input_ids=[[int(word) for word in text.split()] for text in texts])
+
+
+def store_of(folder, pairs, shards=False):
+    "What `Sequences` needs of a token store; the codes in two files if `shards`"
+    image = np.array([c for _, c in pairs], np.uint16)
+    if shards:
+        parts = image[:len(image) // 2], image[len(image) // 2:]
+        files = [Path(folder, f'codes-{k}') for k in range(2) if len(parts[k])]
+        for file, part in zip(files, [p for p in parts if len(p)]): file.write_bytes(part.tobytes())
+        image = ShardedCodes(files, [len(p) for p in parts if len(p)], image.shape[1])
+    class Store:
+        captions, codes, vocab_size, fingerprint = [' '.join(map(str, c)) for c, _ in pairs], image, 64, 'f' * 64
+        def __len__(self): return len(pairs)
+    store = Store()
+    store.folder = Path(folder)
+    return store
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs=shapes, room=st.integers(0, 40), layout=st.sampled_from(LAYOUTS), shards=st.booleans(), data=st.data())
+def test_a_batch_of_a_store_is_its_documents(pairs, room, layout, shards, data):
+    numbers = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=8))
+    shown = data.draw(st.none() | st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers)))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Sequences(store_of(folder, pairs, shards), Words(), 300, len(pairs[0][1]) + AROUND[layout] + room, layout)
+        wanted = [rows[n] if s else rows.without_caption(n) for n, s in zip(numbers, shown or [True] * len(numbers))]
+        captioned = shown and np.array(shown)
+        batch, reference = rows.batch(np.array(numbers), captioned), collate(rows.vocab, wanted)
+        assert torch.equal(batch.ids, reference.ids) and torch.equal(batch.kind, reference.kind) and batch.positions is None
+        assert rows.lengths(numbers, captioned).tolist() == [len(d) for d in wanted]
+        assert [d.tolist() for d in rows.documents(numbers, captioned)] == wanted
+        assert rows.shortened == (sum(len(c) > room for c, _ in pairs) if layout == 'text-image' else 0)
+        for wrong in (len(pairs), -1 - len(pairs)):
+            with pytest.raises(IndexError): rows.batch([wrong])
+
+
+def test_plain_text_is_its_tokens_between_end_tokens(text_tokenizer):
+    texts = ['A paragraph of plain text.', '', 'Another, which is longer than the first one and is cut.'] * 2
+    prose, end = Prose(texts, text_tokenizer, 12), text_tokenizer.eos_token_id
+    wanted = [([end] + ids_of(text_tokenizer, t))[:11] + [end] for t in texts]
+    assert [prose[i] for i in range(6)] == wanted == list(prose) and prose.lengths([2, 0]).tolist() == [12, len(wanted[0])]
+    assert [d.tolist() for d in prose.documents(np.array([5, 1]))] == [wanted[5], wanted[1]]
+    assert prose.fingerprint == hashlib.sha256(repr(wanted).encode()).hexdigest()  # names runs: must never change
+    assert prose.ids.flat.dtype == np.int32 and len(Prose([], text_tokenizer, 12)) == 0
+
+
+# Packing
+
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths, st.integers(40, 90))
+def test_rows_hold_every_document_once_and_never_too_much(lengths, size):
+    rows = rows_of(lengths, size)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths))) and all(0 < sum(lengths[i] for i in row) <= size for row in rows)
+    assert rows == rows_of(np.array(lengths), size)
+    following, room = 0, 0  # next-fit in the same order
+    for n in sorted(lengths, reverse=True):
+        if n > room: following, room = following + 1, size
+        room -= n
+    assert len(rows) <= following
+    assert all(sum(lengths[i] for i in row) + lengths[later[0]] > size for k, row in enumerate(rows) for later in rows[k + 1:])  # a row was opened only where none had room
+
+
+def test_rows_are_first_fit_decreasing():
+    assert rows_of([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 3, 2, 5]] and rows_of([5, 5, 5, 5], 10) == [[0, 1], [2, 3]] and rows_of([], 10) == []
+    with pytest.raises(BadInput, match='pack=10 is too short for a document of 11 tokens; give at least 11'): rows_of([3, 11], 10)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows, st.integers(0, 30), st.data())
+def test_packing_keeps_every_token(rows, extra, data):
+    docs = [document(vocab, caption, image, len(image) + 6 + room, layout)[0] for caption, image, room, layout in rows] + [[5, 6, 7], [8]]
+    prose = data.draw(st.sets(st.sampled_from(range(len(docs)))))
+    size = max(map(len, docs)) + extra
+    places = rows_of([len(d) for d in docs], size)
+    packed, padded = pack(vocab, [np.array(d) for d in docs], places, size, prose), collate(vocab, docs, prose)
+    assert packed.ids.shape == packed.kind.shape == packed.positions.shape == (len(places), size) and packed.position_ids.shape == packed.labels.shape
+    assert packed.tokens == padded.tokens == sum(len(d) - 1 for d in docs) == (packed.labels != -100).sum()
+    for row, ids, kind, positions in zip(places, packed.ids, packed.kind, packed.positions):
+        filled = [t for i in row for t in docs[i]]
+        assert ids.tolist() == filled + [vocab.special('<pad>')] * (size - len(filled))
+        assert positions.tolist() == [p for n in [*(len(docs[i]) for i in row), size - len(filled)] for p in range(n)]
+        assert kind.tolist() == [k for i in row for k in padded.kind[i, :len(docs[i])].tolist()] + [Kind.PAD] * (size - len(filled))
+    pairs = lambda b: sorted(zip(b.inputs[b.labels != -100].tolist(), b.labels[b.labels != -100].tolist(), b.label_kind[b.labels != -100].tolist()))
+    assert pairs(packed) == pairs(padded)                                                  # the same is predicted from the same
+    assert torch.equal(packed.labels == -100, packed.label_kind == Kind.PAD) and (packed.label_kind[packed.positions[:, 1:] == 0] == Kind.PAD).all()
+
+
+def test_packed_documents_do_not_see_each_other():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)).eval()
+    docs = [document(vocab, [1] * n, [3, 2, 1], 40)[0] for n in (2, 9, 4, 0)]
+    packed = pack(vocab, docs, places := rows_of([len(d) for d in docs], 40), 40)
+    with torch.no_grad():
+        logits = model(packed.inputs, position_ids=packed.position_ids, use_cache=False).logits
+        assert logits.isfinite().all()                                                     # padding too
+        for r, row in enumerate(places):
+            start = 0
+            for i in row:
+                alone = model(torch.tensor([docs[i][:-1]]), use_cache=False).logits[0]
+                assert torch.allclose(logits[r, start:start + len(alone)], alone, atol=1e-5)
+                start += len(docs[i])
+    document_of = find_packed_sequence_indices(packed.position_ids)
+    for r, row in enumerate(places):
+        assert document_of[r].tolist() == [k for k, n in enumerate([len(docs[i]) for i in row] + [40]) for _ in range(n)][:39]
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths, st.integers(1, 12))
+def test_parts_of_similar_lengths(lengths, parts):
+    groups = by_length(lengths, parts)
+    flat = [i for group in groups for i in group]
+    assert flat == sorted(range(len(lengths)), key=lengths.__getitem__) and len(groups) == min(parts, len(lengths)) and all(groups)
+    tokens = [sum(lengths[i] for i in group) for group in groups]
+    if max(lengths) <= sum(lengths) / parts: assert all(abs(t - sum(lengths) / parts) <= max(lengths) for t in tokens)
+    assert by_length([], 3) == []
+
+
+def test_a_packed_batch_moves_and_shows():
+    docs = [document(vocab, [1] * n, [3], 40)[0] for n in (2, 0, 1)]
+    batch = pack(vocab, docs, [[0, 1], [2]], 20)
+    moved = batch.to('cpu', non_blocking=True)
+    assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in ('ids', 'kind', 'positions')) and moved.tokens == batch.tokens
+    assert batch._repr_html_().count('border-left') == 1 + 2 and collate(vocab, docs)._repr_html_().count('border-left') == 0  # a second document, and padding twice
+    assert repr(batch) == f'Batch((2, 20), {sum(map(len, docs)) - 3} tokens)'
 
 
 # The order of the data
@@ -140,11 +299,11 @@ def test_every_epoch_is_a_permutation(seed, n, batch):
 
 def test_order_has_no_state():
     wanted = [(7, step, 50, 8) for step in (3, 0, 40, 3, 12)]
-    first = [order(*w) for w in wanted]
+    first = [order(*w).tolist() for w in wanted]
     torch.manual_seed(1)
     sequences._permutation.cache_clear()
     state = torch.get_rng_state()
-    assert [order(*w) for w in reversed(wanted)] == first[::-1] and torch.equal(torch.get_rng_state(), state)
+    assert [order(*w).tolist() for w in reversed(wanted)] == first[::-1] and torch.equal(torch.get_rng_state(), state)
 
 
 def test_order_differs_by_seed_and_epoch():
@@ -154,7 +313,20 @@ def test_order_differs_by_seed_and_epoch():
 
 def test_order_is_the_same_on_every_machine():
     named = torch.Generator().manual_seed(43605010263239082)  # the first 7 bytes of the SHA-256 of "order 0 0"
-    assert order(0, 0, 6, 6) == torch.randperm(6, generator=named).tolist()
+    assert order(0, 0, 6, 6).tolist() == torch.randperm(6, generator=named).tolist()
+
+
+@pytest.mark.parametrize('seed, n, batch, digest', [
+    (0, 1, 3, '81c611f35bff'), (0, 10, 4, '2ba441d187b6'), (0, 997, 16, '34936e7fc06d'), (0, 3420, 32, 'f0a51456cff6'), (0, 5, 17, '3ebb017ef0a3'),
+    (7, 997, 16, '597719e3c145'), (7, 5, 17, '240afc547518'), ('prose 1', 10, 4, 'a6d127f5514e'), ('prose 1', 3420, 32, '4e6b19c8c9ca')])
+def test_the_order_of_every_record_so_far(seed, n, batch, digest):
+    numbers = np.concatenate([order(seed, step, n, batch) for step in (0, 1, 2, 50, 213, 100_000)])
+    assert numbers.dtype == np.int64 and hashlib.sha256(numbers.astype('<i8').tobytes()).hexdigest()[:12] == digest
+
+
+def test_two_epochs_are_kept_at_most():
+    for step in range(6): order(3, step, 8, 8)
+    assert sequences._permutation.cache_info().currsize == 2
 
 
 # Captions of a store
@@ -194,11 +366,58 @@ def moved_border(content): return content[:32] + bytes([content[32] + 1]) + cont
 @pytest.mark.parametrize('damage', [cut, cut_in_the_lengths, emptied, longer, other_length, other_token, moved_border], ids=lambda f: f.__name__)
 def test_a_damaged_cache_is_made_again(store, text_tokenizer, damage):
     tokenizer, calls = counting(text_tokenizer)
-    whole = caption_ids(store, tokenizer)
+    whole = [ids.copy() for ids in caption_ids(store, tokenizer)]  # the file itself is about to be damaged
     content = cache_of(store).read_bytes()
     cache_of(store).write_bytes(damage(content))
     again = caption_ids(store, tokenizer)
     assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True)) and calls == [10, 10] and cache_of(store).read_bytes() == content
+
+
+def test_caption_ids_stay_in_their_file(store, text_tokenizer):
+    ids, file = caption_ids(store, text_tokenizer), cache_of(store)
+    assert not ids.flat.flags.owndata and not ids.flat.flags.writeable and len(ids.flat) == sum(map(len, ids))
+    content = file.read_bytes()
+    assert content[:32] == hashlib.sha256(content[32:]).digest() and np.frombuffer(content[32:], np.int32)[:10].tolist() == [len(i) for i in ids]
+
+
+def test_captions_in_blocks_give_the_same_file(store, text_tokenizer, monkeypatch):
+    caption_ids(store, text_tokenizer)
+    content = cache_of(store).read_bytes()
+    monkeypatch.setattr(sequences, '_in_blocks', partial(sequences._in_blocks, size=3))
+    cache_of(store).rename(beside := store.folder/f'.{cache_of(store).name}.partial')      # as a killed process leaves it: not taken for whole
+    beside.write_bytes(content + b'more')
+    tokenizer, calls = counting(text_tokenizer)
+    caption_ids(store, tokenizer)
+    assert calls == [3, 3, 3, 1] and cache_of(store).read_bytes() == content and not beside.exists()
+
+
+def test_an_interrupted_pass_over_captions_leaves_nothing(store, text_tokenizer, monkeypatch):
+    monkeypatch.setattr(sequences, '_in_blocks', partial(sequences._in_blocks, size=3))
+    class Stops:
+        backend_tokenizer, calls = text_tokenizer.backend_tokenizer, 0
+        def __call__(self, texts, **kwargs):
+            self.calls += 1
+            if self.calls == 3: raise KeyboardInterrupt
+            return text_tokenizer(texts, **kwargs)
+    with pytest.raises(KeyboardInterrupt): caption_ids(store, Stops())
+    assert not [f for f in store.folder.iterdir() if 'captions-' in f.name and f.suffix != '.lock']
+    def full(*_): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patched:
+        patched.setattr(sequences.os, 'fsync', full)
+        with pytest.raises(BadInput, match='captions of .* cannot be kept there .*No space left on device'): caption_ids(store, text_tokenizer)
+    assert len(caption_ids(store, text_tokenizer)) == 10
+
+
+@pytest.mark.parametrize('number', [9, 11])
+def test_captions_that_are_not_one_for_each_image(store, text_tokenizer, number):
+    store.captions = ['a'] * number
+    with pytest.raises(BadInput, match=f'holds {number} captions for 10 images'): caption_ids(store, text_tokenizer)
+
+
+def test_two_at_once_make_one_file(store, text_tokenizer):
+    tokenizer, calls = counting(text_tokenizer)
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda _: caption_ids(store, tokenizer), range(4)))
+    assert calls == [10] and all(np.array_equal(found[0].flat, f.flat) for f in found)
 
 
 def test_another_text_tokenizer_has_a_cache_of_its_own(store, text_tokenizer):

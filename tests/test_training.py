@@ -18,7 +18,21 @@ from t2ianalysis import training
 from t2ianalysis.data import BadInput, data_path
 from t2ianalysis.models import load_lm, load_text_tokenizer
 from t2ianalysis.sequences import Kind
-from t2ianalysis.training import Diverged, documents_at, ensure_runs, is_done, kept, load_run, load_runs, make_config, prepare, run_id, token_losses, train
+from t2ianalysis.training import (
+    Diverged,
+    captions_of,
+    documents_at,
+    ensure_runs,
+    is_done,
+    kept,
+    load_run,
+    load_runs,
+    make_config,
+    prepare,
+    run_id,
+    token_losses,
+    train,
+)
 
 
 @pytest.fixture(scope='module')
@@ -45,6 +59,21 @@ def work(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def config(tiny):
     return make_config('smoke', lm=str(tiny/'lm'), pairs=48, steps=12, batch=4, eval_every=4, eval_pairs=8, checkpoint_every=3)
+
+
+@pytest.mark.parametrize('field, value, found, sides', [('captions', 'each', 40, 36), ('dedup', 0, 10, 10)])  # a caption that is not on the side of the first is left out
+def test_captions_and_dedup_decide_the_data(field, value, found, sides, config, make, vq_folder, tmp_path):
+    "Twenty pictures, of which ten are copies, with two captions each; counted through the config on both sides of the split."
+    (tmp_path/'pairs').mkdir()
+    rows = [{'file_name': f'{i}.png', 'caption': [f'picture {i}', f'{i} again']} for i in range(20)]
+    for i, row in enumerate(rows): make['noise'](i % 10).save(tmp_path/'pairs'/row['file_name'])
+    (tmp_path/'pairs'/'metadata.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    plain = replace(config, data=str(tmp_path/'pairs'), image_tokenizer=str(vq_folder), px=16, pairs=0, eval_pairs=40)
+    changed = make_config(**plain.__dict__ | {field: value})
+    sizes = lambda c: [len(s.store) for s in (prepare(c).train, prepare(c).valid)]
+    assert sum(sizes(plain)) == len(list(captions_of(plain, 'all'))) == 20 and 0 not in sizes(plain)
+    assert len(list(captions_of(changed, 'all'))) == found and sum(sizes(changed)) == sides
+    assert run_id(plain, prepare(plain).fingerprint) != run_id(changed, prepare(changed).fingerprint)
 
 
 def metrics(folder): return (folder/'metrics.jsonl').read_text()
