@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 # %% ../nbs/05_alignment.ipynb #cb9a4f94
-from .data import BadInput, nearest, work_path, write_atomic
+from .data import BadInput, nearest, read_json, work_path, write_atomic
 from .models import fingerprint_lm, generator, initializer_range, load_config, load_lm, load_text_tokenizer
 from .training import Config, Material, environment, prepare
 
@@ -238,6 +238,8 @@ def rescale(
     return (rows * (std * math.sqrt(rows.shape[1]) / rows.norm(dim=1).mean())).float().contiguous()
 
 # %% ../nbs/05_alignment.ipynb #66495ac5
+_FILES = {'config.json', 'environment.json', 'metrics.jsonl', 'rows.safetensors'}  # and whole.json with their checksums
+
 class Aligned:
     "A finished alignment: its settings, its log and its rows. `BadInput` if a file differs from its checksum."
     def __init__(self,
@@ -245,11 +247,11 @@ class Aligned:
     ):
         self.folder = Path(folder)
         try:
-            digests = json.loads((self.folder/'whole.json').read_text())['sha256']
-            good = all(hashlib.sha256((self.folder/name).read_bytes()).hexdigest() == digest for name, digest in digests.items())
-        except (OSError, ValueError, KeyError): good = False
+            digests = read_json(self.folder/'whole.json')['sha256']
+            good = set(digests) == _FILES and all(hashlib.sha256((self.folder/name).read_bytes()).hexdigest() == digests[name] for name in _FILES)
+            self.settings = Alignment(**read_json(self.folder/'config.json')['settings'])
+        except (OSError, ValueError, LookupError, TypeError): good = False
         if not good: raise BadInput(f'the alignment {self.folder} is damaged; delete the folder to train it again.')
-        self.settings = Alignment(**json.loads((self.folder/'config.json').read_text())['settings'])
 
     @property
     def path(self) -> Path: return self.folder/'rows.safetensors'                # what `rows` of a run's config takes

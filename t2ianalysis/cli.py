@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Parameters', 'Preset', 'Several', 'Dedup', 'convert_app', 'Checkpoint', 'Folder', 'evaluate_app', 'finding',
            'train', 'data', 'tokenize', 'generate', 'report', 'convert_open_lm', 'convert_movqgan',
-           'convert_taming_vqgan', 'evaluate_text', 'evaluate_fid', 'plan', 'main']
+           'convert_taming_vqgan', 'evaluate_text', 'evaluate_fid', 'plan', 'benchmark', 'main']
 
 # %% ../nbs/19_cli.ipynb #a32f1811
 import os
@@ -33,7 +33,8 @@ def train(preset: Preset = 'laptop', parameter: Parameters = None):
     "Train one run, or go on with it from its last checkpoint."
     from t2ianalysis.sweeps import parse_parameters
     from t2ianalysis.training import ensure_runs, make_config
-    frame = ensure_runs([make_config(preset, **parse_parameters(parameter or []))])
+    frame = ensure_runs([make_config(**dict(preset=preset) | parse_parameters(parameter or []))])
+    if os.environ.get('RANK', '0') != '0': return                               # of many processes, one speaks
     last = frame[(frame.split == 'validation') & (frame.step == frame.step.max())]
     typer.echo(f'run {frame.run_id.iloc[0]}: validation loss after {last.step.max()} steps, ' + ', '.join(f'{r.kind} {r.loss:.3f}' for r in last.itertuples()))
 
@@ -235,14 +236,29 @@ def plan(preset: Annotated[str, typer.Argument(help='smoke, laptop, gpu or paper
     from t2ianalysis.plan import plan_text
     from t2ianalysis.sweeps import parse_parameters
     from t2ianalysis.training import make_config
-    made = make_plan(make_config(preset, **parse_parameters(parameter or [])), devices, device, mfu)
+    made = make_plan(make_config(**dict(preset=preset) | parse_parameters(parameter or [])), devices, device, mfu)
     typer.echo(json.dumps(made, indent=1) if as_json else plan_text(made))
+
+# %% ../nbs/19_cli.ipynb #0569c40c
+@app.command()
+def benchmark(preset: Annotated[str, typer.Option(help='smoke (a trial), laptop (about half an hour), gpu')] = 'laptop'):
+    "Measure our loop beside transformers' Trainer and a plain loop on this machine; what is measured already is kept."
+    from t2ianalysis.benchmark import cases, machine_name
+    from t2ianalysis.data import home
+    from t2ianalysis.sweeps import run_notebook
+    cases(preset)                                                               # a wrong preset is said before a kernel starts
+    out = run_notebook(str(home()/'nbs'/'benchmarks.ipynb'), dict(preset=preset))
+    typer.echo(f'executed notebook: {out}' + ('' if preset == 'smoke' else f'; table: data/results/benchmarks/{machine_name()}.csv'))
 
 # %% ../nbs/19_cli.ipynb #536c5787
 def main():
     "The entry point of `t2i`."
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    try: app()
+    try:
+        try: app()
+        except OSError:
+            from t2ianalysis.data import work_path, writing
+            with writing(f'what the command makes in {work_path()}'): raise
     except KeyboardInterrupt: sys.exit('stopped; the same command goes on from the last checkpoint.')
     except Exception as e:
         if type(e).__name__ not in ('BadInput', 'Diverged'): raise

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_TEXT', 'MAX_CAPTION', 'MAX_PIXELS', 'MAX_BYTES', 'MAX_NAMES', 'MAX_FAILURES', 'MAX_DISTANCE', 'BadInput',
            'nearest', 'home', 'data_path', 'work_path', 'cache_path', 'read_text', 'read_json', 'read_yaml',
-           'write_atomic', 'clear_leftovers', 'new_folder', 'write_folder', 'in_validation', 'square', 'decode_image',
-           'Captions', 'load_captions', 'load_prose', 'contact_sheet']
+           'write_atomic', 'clear_leftovers', 'writing', 'new_folder', 'write_folder', 'in_validation', 'square',
+           'decode_image', 'Captions', 'load_captions', 'load_prose', 'contact_sheet']
 
 # %% ../nbs/00_data.ipynb #14501220
 import warnings
@@ -14,6 +14,7 @@ import warnings
 warnings.filterwarnings('ignore', message='IProgress not found')  # bars here are text: widget bars freeze in static pages
 
 # %% ../nbs/00_data.ipynb #9e212331
+import contextlib
 import difflib
 import glob
 import hashlib
@@ -23,6 +24,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import textwrap
 import threading
 from collections import Counter
@@ -41,6 +43,7 @@ from datasets.utils.file_utils import xopen
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from pyarrow import parquet
+from safetensors import SafetensorError
 
 import t2ianalysis
 
@@ -140,11 +143,21 @@ def write_atomic(
     finally: beside.unlink(missing_ok=True)
     return path
 
-def clear_leftovers(
-    folder: str | Path,  # its lock is held: nobody else writes there now
-) -> None:
+def clear_leftovers(folder: str | Path):  # its lock is held: nobody else writes there now
     "Delete what a `write_atomic` that was killed has left in a folder"
     for beside in Path(folder).glob('.*-*.tmp'): beside.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def writing(what: str):  # and where: 'the record runs/a'
+    "`BadInput` where the disk is full or may not be written; torch and safetensors say so in words only"
+    try: yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        words = (str(e).splitlines() or [''])[0][:200]
+        if re.search('No space left|File too large|quota exceeded|os error 2[78]|file write failed', str(e)):
+            raise BadInput(f'no space left for {what}; free some space and start the same again: it goes on from what is whole.') from e
+        if re.search('Read-only file system|Permission denied|Operation not permitted|Not a directory|File exists', words):
+            raise BadInput(f'{what} cannot be written ({words}); give another folder of results by T2I_WORK, or the right to write there.') from e
+        raise
 
 # %% ../nbs/00_data.ipynb #20547622
 def new_folder(
@@ -329,6 +342,12 @@ def _braces(
     return names
 
 # %% ../nbs/00_data.ipynb #2db522c1
+def _check_lines(path: Path):
+    "Raise for a line of metadata.jsonl that is no object or is nested too deeply: at some of them Arrow's reader ends the process"
+    with open(path, 'rb') as file:
+        for line in file:
+            if line.strip() and not isinstance(json.loads(line), dict): raise ValueError(f'a line of {path.name} is no JSON object')
+
 def _tars(
     patterns: list[str],  # files, or patterns with braces, * and ?
 ) -> _Found:
@@ -391,6 +410,8 @@ def _local(
         if found.kind == 'saved': data.data.table.validate(full=True)  # mapped as it is: offsets that lead out of the file would end the process
         return data.to_iterable_dataset() if streaming else data
     files = [path for path in found.files if found.kind != 'imagefolder' or path.name in _METADATA]
+    for path in files:
+        if path.suffix == '.jsonl': _check_lines(path)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a local file asks nothing of the network
     names = {'train': [glob.escape(str(path)) for path in files]}  # named, or `datasets` would read splits into file names
     return datasets.load_dataset(found.kind, data_files=names, split='train', streaming=streaming)
@@ -398,18 +419,24 @@ def _local(
 # %% ../nbs/00_data.ipynb #b9e5e9ee
 _samples_of = WebDataset._get_pipeline_from_tar.__func__
 
+def _members(tar):
+    "The files in a local tar; unlike a stream, it can be left at once where a header tells of more bytes than there are"
+    with tarfile.open(tar, 'r:') as file:
+        for info in file:
+            if info.isreg() and not os.path.basename(info.name).startswith(('.', '__')): yield info.name, file.extractfile(info)
+            file.members = []
+
 def _samples(builder, tar, members):
     "The samples of a tar: of a member no more than an image may have, of a sample no more than four of them, and nothing that has to be unpacked"
     def bounded(key=None, size=0):
         for name, file in members:
-            content, before, key = file.read(MAX_BYTES + 1), key, base_plus_ext(name)[0]
+            pieces = islice(iter(lambda file=file: file.read(2**18), b''), MAX_BYTES // 2**18 + 1)  # a read of a size takes that much, however small the member
+            content, before, key = b''.join(pieces), key, base_plus_ext(name)[0]
             size = len(content) + (size if key == before else 0)
             if size > 4 * MAX_BYTES: raise ValueError(f'sample {str(key)[:200]!r} is over {4 * MAX_BYTES >> 20} MB')
             if name.lower().endswith(('.gz', '.gzip', '.bz2', '.xz', '.lz4', '.zst')): raise ValueError(f'member {name[:200]!r} is compressed')
             yield name, io.BytesIO(content)
-    if os.path.isfile(tar):
-        with open(tar, 'rb') as file: start = file.read(6)
-        if start.startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ')): raise ValueError('the tar is compressed')
+    if os.path.isfile(tar): members = _members(tar)
     return _samples_of(builder, tar, bounded())
 
 WebDataset._get_pipeline_from_tar = classmethod(_samples)  # local tars and those of the hub are read alike

@@ -11,11 +11,11 @@ __all__ = ['ELEVEN', 'OWN', 'SHARD', 'PLAIN', 'Listed', 'jeopardy_task', 'questi
 # %% ../nbs/18_evaluation.ipynb #6c041854
 from .data import BadInput, Captions, cache_path, nearest, read_json, read_yaml, work_path, write_atomic
 from .forgetting import Question, cloze_questions, in_context_questions
-from .generation import Backbone, Painter, Sampling, image_features, load_painter, rerank, run_config, sample_prompts
+from .generation import Backbone, Painter, Sampling, image_features, load_painter, rerank, sample_prompts
 from .models import fingerprint_lm, lm_path, load_config, load_lm, load_text_tokenizer, seed_of, widen
 from .plots import THEME
 from .sequences import SPECIALS, Vocab
-from .training import Config, kept, load_run, place_rows
+from .training import Config, kept, load_run, place_rows, run_config
 
 # %% ../nbs/18_evaluation.ipynb #a381eee0
 import hashlib
@@ -209,10 +209,10 @@ def subject(
     model: str | Path,  # a run's id or folder, 'bundled', 'smollm2-135m', a folder of weights, or a hub name
 ) -> Subject:
     "What a name stands for; `BadInput` if it is neither a run nor a language model."
-    folder = Path(model) if Path(model).is_dir() else work_path('runs', str(model))
+    folder = Path(model) if os.path.isdir(model) else work_path('runs', str(model))
     config = run_config(folder)
     if config is None:
-        if folder.is_dir() and not Path(model).is_dir(): raise BadInput(f'run {folder.name!r} has no readable config.json; give the folder of a run, or a language model.')
+        if os.path.isdir(folder) and not os.path.isdir(model): raise BadInput(f'run {folder.name!r} has no readable config.json; give the folder of a run, or a language model.')
         path = lm_path(str(model))
         home = work_path('evaluations', f'{re.sub(r"[^A-Za-z0-9.-]+", "_", Path(str(model)).name or "model")}-{hashlib.sha256(json.dumps(fingerprint_lm(str(model))).encode()).hexdigest()[:8]}')
         return Subject(str(model), home, {0: path}, load_text_tokenizer(str(model)))
@@ -319,8 +319,8 @@ def load_evaluations(
     name: str | None = None,  # of the evaluation; None: all
 ) -> pd.DataFrame:            # a row a metric: subject, evaluation, step, task, rows, metric, value, stderr, n, protocol (its id), settings (the protocol)
     "What was found, text and images, in one tidy frame."
-    folders = [Path(m) if Path(m).is_dir() else work_path('runs', str(m)) for m in models] if models is not None else sorted(p.parent for root in ('runs', 'evaluations') for p in work_path(root).glob('*/evaluations'))
-    files, rows = [f for folder in folders for f in sorted((folder/'evaluations').glob(f'{name or "*"}.json'))], []
+    folders = [Path(m) if os.path.isdir(m) else work_path('runs', str(m)) for m in models] if models is not None else sorted(p.parent for root in ('runs', 'evaluations') for p in work_path(root).glob('*/evaluations'))
+    files, rows = [f for folder in folders if os.path.isdir(folder) for f in sorted((folder/'evaluations').glob(f'{name or "*"}.json'))], []
     for file in files:
         record = _evaluation(file)
         common = dict(subject=record['subject'], folder=str(file.parent.parent), evaluation=file.stem, protocol=protocol_id(record['protocol']), settings=record['protocol'])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'Sampling', 'warpers', 'pick', 'check_grid', 'prompt', 'uniforms', 'sample_images', 'image_loglikelihood',
            'caption_information', 'rerank', 'Backbone', 'InceptionV3', 'backbone', 'image_features', 'distances',
-           'frechet', 'frechet_interval', 'run_config', 'Painter', 'load_painter', 'sample_prompts', 'cached',
-           'picture_grid', 'generate_grid']
+           'frechet', 'frechet_interval', 'Painter', 'load_painter', 'sample_prompts', 'cached', 'picture_grid',
+           'generate_grid']
 
 # %% ../nbs/06_generation.ipynb #8500f076
 from .data import BadInput, cache_path, nearest, work_path, write_atomic
@@ -15,11 +15,12 @@ from .data import BadInput, cache_path, nearest, work_path, write_atomic
 import hashlib
 import inspect
 import json
+import os
 import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 from .models import context_length, evaluating, generator, load_config, load_lm, load_text_tokenizer
 from .sequences import Kind, Vocab, collate, document
 from .tokenizers import load_image_tokenizer
-from .training import Config, kept, token_losses
+from .training import Config, kept, run_config, token_losses
 
 # %% ../nbs/06_generation.ipynb #5184369b
 @dataclass(frozen=True)
@@ -392,14 +393,6 @@ def frechet_interval(
     return value, float(value + low), float(value + high)
 
 # %% ../nbs/06_generation.ipynb #1c2b9f86
-def run_config(
-    folder: Path,  # of a run
-) -> Config | None:
-    "The config in a run's folder; None if there is none that can be read."
-    try: values = json.loads((folder/'config.json').read_text(encoding='utf-8'))['config']
-    except (OSError, ValueError, KeyError, TypeError): return None
-    return Config(**{k: v for k, v in values.items() if k in {f.name for f in fields(Config)}}) if isinstance(values, dict) else None
-
 @dataclass
 class Painter:
     "A trained model with its tokenizers."
@@ -425,8 +418,8 @@ def _record(
     run: str | Path,  # a run's id or folder
 ) -> tuple[Path, Config]:
     "The folder of a run and its config; `BadInput` if there is no such record."
-    folder = Path(run) if Path(run).is_dir() else work_path('runs', str(run))
-    if not folder.is_dir():
+    folder = Path(run) if os.path.isdir(run) else work_path('runs', str(run))
+    if not os.path.isdir(folder):
         known = sorted(p.parent.name for p in work_path('runs').glob('*/done.json'))
         raise BadInput(f'run {str(run)!r} is neither a folder nor a run id; there are {len(known)} finished runs under runs/.{nearest(run, known)}')
     if (config := run_config(folder)) is None: raise BadInput(f'run {folder.name!r} has no readable config.json; give the folder of a run.')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOCAL_LMS', 'UNUSABLE', 'INITS', 'INTO_RESIDUAL', 'NORMS', 'RULES', 'seed_of', 'generator', 'lm_path',
-           'load_text_tokenizer', 'load_config', 'load_lm', 'check_causal', 'evaluating', 'context_length',
-           'packing_error', 'packs', 'blocks', 'init_open_lm', 'initializer_range', 'widen', 'parameters_table',
-           'parts', 'trains', 'freeze', 'decays', 'trainable_table', 'fingerprint_lm']
+           'load_text_tokenizer', 'load_config', 'load_lm', 'check_causal', 'evaluating', 'context_length', 'blocks',
+           'init_open_lm', 'initializer_range', 'widen', 'parameters_table', 'parts', 'trains', 'freeze', 'decays',
+           'trainable_table', 'fingerprint_lm']
 
 # %% ../nbs/03_models.ipynb #7aed367b
 from .data import BadInput, cache_path, data_path, nearest
@@ -53,9 +53,10 @@ def lm_path(
     "The folder or hub name of a language model; `BadInput` if it can be none."
     if lm == 'bundled': return str(data_path('language_model'))
     if lm == 'smollm2-135m': return str(_smollm2())
-    if Path(lm).expanduser().is_dir():
-        if not (Path(lm).expanduser()/'config.json').exists(): raise BadInput(f'lm={lm!r}: the folder has no config.json; give a folder written by save_pretrained.')
-        return str(Path(lm).expanduser())
+    folder = os.path.expanduser(lm)
+    if os.path.isdir(folder):
+        if not os.path.exists(os.path.join(folder, 'config.json')): raise BadInput(f'lm={lm!r}: the folder has no config.json; give a folder written by save_pretrained.')
+        return folder
     if lm.startswith(('.', '/', '~')) or lm.count('/') > 1 or '/' not in lm:
         raise BadInput(f'lm={lm!r} is no folder, no hub name owner/model and none of {", ".join(LOCAL_LMS)}.{nearest(lm, LOCAL_LMS)}')
     return lm
@@ -159,27 +160,6 @@ def context_length(
 ) -> int:  # tokens; a very large number where the config names none
     "Positions that the model has."
     return getattr(getattr(model, 'config', model), 'max_position_embeddings', None) or 10**9
-
-# %% ../nbs/03_models.ipynb #1ea46a25
-def packing_error(
-    model: PreTrainedModel,  # in float32
-    lengths: tuple = (7, 12, 9),  # tokens of the documents; beyond a sliding window to see that its edge holds too
-) -> float:  # largest difference of a logit, as a share of the largest logit
-    "How far the predictions for documents of random ids, packed into a row, are from those for each document alone."
-    rows, g = model.get_input_embeddings().weight.shape[0], generator('packing')
-    documents = [torch.randint(rows, (1, n), generator=g).to(model.device) for n in lengths]
-    there_and_back = lambda parts: torch.cat([torch.cat(parts, 1), torch.cat(parts[::-1], 1)])  # two rows, packed differently
-    positions = there_and_back([torch.arange(d.shape[1], device=model.device)[None] for d in documents])
-    with evaluating(model):
-        packed = model(input_ids=there_and_back(documents), position_ids=positions, use_cache=False).logits
-        alone = there_and_back([model(input_ids=d, use_cache=False).logits for d in documents])
-    return ((packed - alone).abs().max() / alone.abs().max()).item()
-
-def packs(
-    model: PreTrainedModel,  # in float32
-) -> bool:
-    "True if documents packed into a row are as good as alone; False where they leak."
-    return packing_error(model) < 1e-4
 
 # %% ../nbs/03_models.ipynb #f88d0c66
 INTO_RESIDUAL = ('o_proj', 'out_proj', 'down_proj', 'fc2', 'fc_out', 'c_proj', 'dense', 'dense_4h_to_h')  # the matrices that write into the residual stream, by family
@@ -333,5 +313,5 @@ def fingerprint_lm(
     lm: str,  # as for `load_lm`
 ) -> str:  # hex digest of config and weights, or the hub commit
     "What identifies a language model's weights: other weights make another run."
-    path = Path(lm_path(lm))
-    return fingerprint_weights(path) if path.is_dir() else str(getattr(load_config(lm), '_commit_hash', None) or lm)
+    path = lm_path(lm)
+    return fingerprint_weights(Path(path)) if os.path.isdir(path) else str(getattr(load_config(lm), '_commit_hash', None) or lm)

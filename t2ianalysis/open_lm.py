@@ -60,7 +60,7 @@ def read_config(
     if isinstance(values, str): values = CONFIGS.get(values, values)              # a JSON file may hold a name only
     if not isinstance(values, dict): raise BadInput(f'config={str(file)!r} holds neither the fields of a model nor a published name; give the model config of open_lm.')
     for name, kind in FIELDS.items():
-        if not isinstance(values.get(name, kind()), (int, float) if kind is float else kind):
+        if type(values.get(name, kind())) not in ((int, float) if kind is float else (kind,)):
             raise BadInput(f'{name}={values[name]!r} in the config is of type {type(values[name]).__name__}; give a value of type {kind.__name__}.')
     return values
 

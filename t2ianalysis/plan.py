@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PARTS', 'PUBLISHED_VQ', 'ASSUMED', 'VARIANTS', 'DEVICES', 'USUAL', 'MEASURED', 'RESERVE', 'SHAPES',
            'architecture', 'skeleton', 'parameters_by_part', 'codes_of', 'captions_at_hand', 'sequence_widths',
-           'flops_per_token', 'Live', 'chunked_losses', 'trace', 'memory_lines', 'hours', 'share_out', 'sharded', 'fit',
-           'check_memory', 'write_check', 'disk', 'data_plan', 'memory_plan', 'evaluation_peak', 'plan', 'plan_text']
+           'Planned', 'no_content', 'flops_per_token', 'Live', 'trace', 'memory_lines', 'hours', 'share_out', 'sharded',
+           'fit', 'check_memory', 'write_check', 'disk', 'data_plan', 'memory_plan', 'evaluation_peak', 'plan',
+           'plan_text']
 
 # %% ../nbs/17_plan.ipynb #74627950
 import dataclasses
@@ -19,11 +20,11 @@ import weakref
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,13 +33,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/17_plan.ipynb #3efd5f6e
+from .compute import CHUNK, Scored, fast_cpu
 from .data import BadInput, cache_path, data_path, nearest, write_atomic
 from .models import UNUSABLE, freeze, load_config, load_text_tokenizer, parts, trainable_table, trains
 from .open_lm import CONFIGS, stablelm_config
 from .scale import store_bytes
-from .sequences import SPECIALS, Batch, Vocab, order
+from .sequences import SPECIALS, Vocab, order
 from .tokenizers import load_image_tokenizer
-from .training import Config, captions_of, fresh_accelerator, make_config, make_optimizer, token_losses
+from .training import Config, captions_of, distribute, fresh_accelerator, make_config, make_optimizer
 
 # %% ../nbs/17_plan.ipynb #7fedd582
 PUBLISHED = {
@@ -133,7 +135,7 @@ def sequence_widths(
     lengths: np.ndarray | None,  # tokens of each caption; None: assumed
     parts: int = 1,  # parts that a step is computed in, over all devices
     steps: int = 50,  # steps looked at
-) -> dict:  # real: mean tokens a sequence; padded: mean width of what is computed; widest: of any part
+) -> dict:  # real: mean tokens a sequence; padded: mean width of a batch; widest: of any part
     "How long sequences are, and how wide the padded batches; captions are cut where `length` says."
     frame = codes + (len(SPECIALS) - 1 if config.layout == 'text-image' else 4)  # `<pad>` is no part of it
     if frame > config.length: raise BadInput(f'length={config.length} is too short for an image of {codes} codes; give at least {frame}.')
@@ -143,6 +145,34 @@ def sequence_widths(
     batches = [whole[order(config.seed, step, len(whole), config.batch)] for step in range(min(steps, config.steps))]
     widths = [(part.max(), len(part)) for batch in batches for part in (batch[i::parts] for i in range(parts)) if len(part)]
     return dict(real=float(np.mean(batches)), padded=sum(w * n for w, n in widths) / sum(n for _, n in widths), widest=int(whole.max()))
+
+# %% ../nbs/17_plan.ipynb #6c6ca0b2
+class Planned(Scored):
+    "What `training` computes, for tensors without content: whether in chunks and without padding is told from the code that runs, as there are no losses to compare."
+    def __init__(self,
+        lm: nn.Module,  # from `skeleton`, inside a `FakeTensorMode`
+        width: int,  # tokens a sequence
+    ):
+        nn.Module.__init__(self)
+        head, seen = lm.get_output_embeddings(), []
+        self.lm, self.length, self.lean, self.unpadded, ids = lm, width, False, False, no_content(1, width)
+        handle = head.register_forward_hook(lambda module, args, out: seen.append(out))
+        with torch.no_grad(): self.lean = lm(ids[0], use_cache=False).logits is seen[0] and head.bias is None
+        handle.remove()
+        if not lm._can_set_attn_implementation(): return
+        before, self.unpadded = lm.config._attn_implementation, True
+        lm.set_attn_implementation('unpadded')
+        try:
+            with torch.no_grad(): self(*ids)
+        except ValueError: self.unpadded = False; lm.set_attn_implementation(before)  # a window, sinks, a cap
+
+def no_content(
+    sequences: int,
+    width: int,  # tokens of each
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # inputs, labels, places: what `Scored` takes
+    "A batch that has no padding."
+    ids = torch.zeros(sequences, width, dtype=torch.long)
+    return ids, ids, torch.arange(sequences * width)
 
 # %% ../nbs/17_plan.ipynb #febd1d65
 def flops_per_token(
@@ -186,67 +216,58 @@ class Live(TorchDispatchMode):
     def mark(self, *_): self.body = self.now
 
 # %% ../nbs/17_plan.ipynb #52212541
-def chunked_losses(
-    model: nn.Module,
-    batch: Batch,
-) -> torch.Tensor:  # float32 (B, T-1), nats; 0 at padding
-    "`training.token_losses` by PyTorch's chunked `linear_cross_entropy`: logits never exist whole. Not what `training` does today: the plan says what it would save."
-    hidden, head = model.base_model(input_ids=batch.inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
-    losses = F.linear_cross_entropy(hidden.flatten(0, 1), head.weight.to(hidden.dtype), batch.labels.flatten(), linear_bias=head.bias, reduction='none',
-                                    ignore_index=-100, options=torch.nn.LinearCrossEntropyOptions())
-    return losses.view(batch.labels.shape)
-
-# %% ../nbs/17_plan.ipynb #2f1cf033
 def _checkpoint(model):
     "Activation checkpointing, by the name that this version of transformers has for it."
     (model.activation_checkpointing_enable if hasattr(model, 'activation_checkpointing_enable') else model.gradient_checkpointing_enable)()
 
-def _no_content(sequences, width): return Batch(torch.zeros(sequences, width, dtype=torch.long), torch.ones(sequences, width, dtype=torch.int8))
-
-def _pass(live, model, weights, precision, width, sequences, chunked, checkpointing):
+def _pass(live, scored, weights, precision, width, sequences, checkpointing):
     "One part of a step inside `live`; its memory by what it is for."
     live.start()
-    if checkpointing: _checkpoint(model)
-    with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): losses = (chunked_losses if chunked else token_losses)(model, _no_content(sequences, width))
-    body = live.body or live.now                                                # the chunked loss does not call the output layer
-    losses.sum().backward()
-    del losses
-    model.zero_grad()
+    if checkpointing: _checkpoint(scored.lm)
+    with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): loss, _ = scored(*no_content(sequences, width - 1))
+    body = live.body
+    loss.backward()
+    scored.zero_grad()
     base, rest = weights + 3 * live.grads, live.most_more - weights
-    return dict(weights=weights, gradients=live.grads, optimizer=2 * live.grads, activations=body - weights, logits=max(rest + weights - body, 0),
+    return dict(weights=weights, gradients=live.grads, optimizer=2 * live.grads, activations=body - weights, loss=max(rest + weights - body, 0),
                 first=max(base, live.most + 2 * live.grads), more=base + rest)
 
-# %% ../nbs/17_plan.ipynb #0ee5d465
+# %% ../nbs/17_plan.ipynb #0989e841
 @lru_cache(maxsize=32)
 def trace(
     config: Config,
     codes: int,  # codes of the image tokenizer
     width: int,  # tokens a sequence
-    jobs: tuple,  # of (sequences, chunked, checkpointing); those with checkpointing last
+    jobs: tuple,  # of (sequences, checkpointing); those with checkpointing last
+    device: str = 'cpu',  # one of `CHUNK`: how many logits are made at a time
 ) -> list[dict]:  # bytes; `first`: peak of a step's first part, `more`: of any later one, when gradients are there already
     "Memory of one part of a training step for each job, from tensors without content."
-    with FakeTensorMode(), Live() as live:
+    with FakeTensorMode(), Live() as live, patch.dict(CHUNK, cpu=CHUNK[device]):
         model, vocab = skeleton(config.lm, codes, 'cpu')
-        freeze(model, config.trainable, vocab)
+        scored, weights = Planned(freeze(model, config.trainable, vocab), width), live.now
         for p in model.parameters(): p.requires_grad and p.register_post_accumulate_grad_hook(live.gradient)
-        model.get_output_embeddings().register_forward_pre_hook(live.mark)
-        weights = live.now
-        return [_pass(live, model, weights, config.precision, width, *job) for job in jobs]
+        model.base_model.register_forward_hook(live.mark)
+        model.get_output_embeddings().register_forward_pre_hook(live.mark)     # where it is called at all
+        return [_pass(live, scored, weights, config.precision, width, *job) for job in jobs]
 
-# %% ../nbs/17_plan.ipynb #468ec1e7
-VARIANTS = {'as it trains': (False, False), 'loss in chunks': (True, False), 'checkpointing': (False, True), 'both': (True, True)}  # (chunked, checkpointing)
+# %% ../nbs/17_plan.ipynb #0ee5d465
+VARIANTS = {'as it trains': False, 'checkpointing': True}
 
 def memory_lines(
     config: Config,
     codes: int,  # codes of the image tokenizer
     width: int,  # tokens a sequence
+    device: str = 'cpu',  # one of `CHUNK`
 ):  # function of (one of `VARIANTS`, number of sequences): as an item of `trace`
     "Memory of a part of a step as a function of its sequences."
-    found = iter(trace(config, codes, width, tuple((n, *variant) for variant in VARIANTS.values() for n in (4, 8))))
-    ends = {name: (next(found), next(found)) for name in VARIANTS}
+    full = max(2, -(-CHUNK[device] // (width * skeleton(config.lm, codes)[1].size)))  # as many fill a chunk of logits
+    ends = 1, full, full + 4
+    found = trace(config, codes, width, tuple((n, variant) for variant in VARIANTS.values() for n in ends), device)
+    points = {name: found[3 * i:3 * i + 3] for i, name in enumerate(VARIANTS)}
     def at(name, n):
-        low, high = ends[name]
-        line = {k: low[k] + (high[k] - low[k]) * (n - 4) / 4 for k in low}
+        i = int(n > full)
+        low, high = points[name][i:i + 2]
+        line = {k: low[k] + (high[k] - low[k]) * (n - ends[i]) / (ends[i + 1] - ends[i]) for k in low}
         base = line['weights'] + line['gradients'] + line['optimizer']
         return line | dict(first=max(base, line['first']), more=max(base, line['more']))
     return at
@@ -263,7 +284,7 @@ MEASURED = {'a100': 'open_lm 1 B 9,500 to 11,500, llm-foundry 1.3 B 22,112', 'h1
 RESERVE = 0.1  # of a device's memory, for fragments, libraries and what is not counted
 
 def hours(
-    tokens: float,  # computed, padding among them
+    tokens: float,  # without padding
     flops: float,  # a token, from `flops_per_token`
     device: str,  # one of `DEVICES`
     precision: str,  # 'fp32' or 'bf16'
@@ -301,7 +322,7 @@ def sharded(
     layers = table[table.layer >= 0].groupby('layer').parameters.sum()
     ends = table.parameters.sum() - layers.sum()
     state = at['weights'] + at['gradients'] + at['optimizer']
-    return state / devices + at['activations'] - copies + at['logits'] + size * (ends + 2 * layers.max()) + 4 * max(ends, layers.max())
+    return state / devices + at['activations'] - copies + at['loss'] + size * (ends + 2 * layers.max()) + 4 * max(ends, layers.max())
 
 # %% ../nbs/17_plan.ipynb #893be3ce
 def fit(
@@ -317,23 +338,23 @@ def fit(
         buckets = line(name, 1)['gradients'] if devices > 1 else 0              # DDP has a second copy of the gradients
         micro = max((2**k for k in range(12) if line(name, 2**k)['more'] + buckets <= room), default=0)
         accumulation, part = share_out(config, devices, max(micro, 1))
-        at, copies = line(name, part), line('as it trains', 0)['activations'] if name in ('as it trains', 'loss in chunks') and config.precision == 'bf16' else 0
+        at, copies = line(name, part), line('as it trains', 0)['activations'] if name == 'as it trains' and config.precision == 'bf16' else 0
         rows[name] = dict(micro_batch=micro, accumulation=accumulation, part=part, peak=at['more' if accumulation > 1 else 'first'] + buckets, fsdp=sharded(at, model, devices, copies))
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../nbs/17_plan.ipynb #229470ae
-def _train_parts(config, codes, width, sequences, chunked, parts):
+def _train_parts(config, codes, width, sequences, parts):
     "Two steps of `parts` parts each, as `training` takes them; bytes allocated at the peak of the second."
     from torch.profiler import profile
     accelerator = fresh_accelerator(config)
-    model, vocab = skeleton(config.lm, codes, 'cpu')
-    model = accelerator.prepare_model(freeze(model, config.trainable, vocab).to(accelerator.device))
+    lm, vocab = skeleton(config.lm, codes, 'cpu')
+    model = distribute(Scored(freeze(lm, config.trainable, vocab), width), config, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
     ids = torch.randint(0, vocab.size, (sequences, width), device=accelerator.device)
     def step():
         for _ in range(parts):
-            with accelerator.autocast(): losses = (chunked_losses if chunked else token_losses)(model, Batch(ids, vocab.kinds(ids)))
-            accelerator.backward(losses.sum() / losses.numel())
+            with accelerator.autocast(): loss, losses = model(ids[:, :-1], ids[:, 1:])
+            accelerator.backward(loss / losses.numel())
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step(); optimizer.zero_grad()
     step()
@@ -346,14 +367,14 @@ def _train_parts(config, codes, width, sequences, chunked, parts):
     return held + int(np.cumsum([n for _, n in changes]).max())
 
 # %% ../nbs/17_plan.ipynb #2f547655
-def _measure(changes, codes, width, sequences, chunked, parts):
+def _measure(changes, codes, width, sequences, parts):
     "In a fresh process: print what `_train_parts` allocates and by how much resident memory grows."
     import gc
     config = make_config(**changes)
-    _train_parts(make_config('smoke', precision=config.precision), 8, 8, 1, chunked, 1)  # libraries take their own memory now
+    _train_parts(make_config('smoke', precision=config.precision), 8, 8, 1, 1)  # libraries take their own memory now
     gc.collect()
     before = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    allocated = _train_parts(config, codes, width, sequences, chunked, parts)
+    with fast_cpu(): allocated = _train_parts(config, codes, width, sequences, parts)
     most = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))  # of this process alone; `ru_maxrss` begins at its parent's
     print(json.dumps(dict(allocated=allocated, resident=int(most) * 1024 - before)))
 
@@ -362,22 +383,22 @@ def check_memory(
     codes: int,  # codes of the image tokenizer
     width: int,  # tokens a sequence
     sequences: int,  # in a part
-    chunked: bool = False,  # the loss in chunks
     parts: int = 1,  # parts a step
 ) -> dict:  # the shape; predicted, allocated, resident (bytes); ratio of predicted to allocated, resident_ratio to resident
     "Train two steps of a shape in a process of its own and compare its memory with the prediction."
-    code = f'from t2ianalysis.plan import _measure; _measure({changes}, {codes}, {width}, {sequences}, {chunked}, {parts})'
+    code = f'from t2ianalysis.plan import _measure; _measure({changes}, {codes}, {width}, {sequences}, {parts})'
     env = os.environ | dict(MALLOC_MMAP_THRESHOLD_='65536')                     # what is freed goes back at once, so that resident memory tells
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     if done.returncode: raise BadInput(f'the shape {changes}, {sequences} x {width} could not be trained here ({(done.stderr.strip() or "killed").splitlines()[-1][:200]}); give a smaller one.')
-    predicted, got = trace(make_config(**changes), codes, width, ((sequences, chunked, False),))[0]['more' if parts > 1 else 'first'], json.loads(done.stdout.splitlines()[-1])
-    shape = dict(**changes, codes=codes, width=width, sequences=sequences, chunked=chunked, parts=parts)
+    config, device = make_config(**changes), 'cuda' if torch.cuda.is_available() else 'cpu'
+    predicted, got = trace(config, codes, width, ((sequences, config.checkpointing),), device)[0]['more' if parts > 1 else 'first'], json.loads(done.stdout.splitlines()[-1])
+    shape = dict(**changes, codes=codes, width=width, sequences=sequences, parts=parts)
     return shape | dict(predicted=predicted, **got, ratio=round(predicted / got['allocated'], 3), resident_ratio=round(predicted / got['resident'], 3))
 
 # %% ../nbs/17_plan.ipynb #b0df314d
 SHAPES = (
     dict(changes=dict(preset='laptop'), codes=1024, width=119, sequences=16),
-    dict(changes=dict(preset='laptop'), codes=1024, width=119, sequences=16, chunked=True),
+    dict(changes=dict(preset='laptop', checkpointing=True), codes=1024, width=119, sequences=16),
     dict(changes=dict(preset='laptop', precision='bf16'), codes=16384, width=256, sequences=8, parts=2),
     dict(changes=dict(preset='laptop', trainable='embeddings'), codes=16384, width=256, sequences=8),
     dict(changes=dict(preset='gpu', lm='smollm2-135m'), codes=1024, width=256, sequences=1),
@@ -419,29 +440,31 @@ def data_plan(
     caption = float(lengths.mean()) if found else ASSUMED['caption']
     sequences = config.steps * config.batch
     return dict(pairs=pairs, caption=caption, caption_bytes=size, source=words, **widths, waste=1 - widths['real'] / widths['padded'], sequences=sequences,
-                tokens=sequences * widths['padded'], real_tokens=sequences * widths['real'], epochs=sequences / pairs)
+                tokens=sequences * widths['real'], padded_tokens=sequences * widths['padded'], epochs=sequences / pairs)
 
 # %% ../nbs/17_plan.ipynb #8713c783
 def memory_plan(
     line,  # from `memory_lines`
-) -> dict[str, float]:  # bytes: weights, gradients, optimizer, copies; and what a sequence adds: activations, logits, each with what would lower it
+) -> dict[str, float]:  # bytes: weights, gradients, optimizer, copies, loss; and what a sequence adds: activations, with and without checkpointing, and logits, where they are more than chunks
     "What memory goes to; what a sequence adds is the slope of the straight lines."
-    slope = lambda name, key: line(name, 8)[key] - line(name, 7)[key]
-    none = line('as it trains', 0)
+    many, none = 2**12, line('as it trains', 0)
+    slope = lambda name, key: line(name, many + 1)[key] - line(name, many)[key]
+    logits = slope('as it trains', 'loss')
     return {k: none[k] for k in ('weights', 'gradients', 'optimizer')} | dict(copies=none['activations'], activations=slope('as it trains', 'activations'),
-        activations_checkpointing=slope('checkpointing', 'activations'), logits=slope('as it trains', 'logits'), logits_chunked=slope('loss in chunks', 'logits'))
+        activations_checkpointing=slope('checkpointing', 'activations'), logits=logits, loss=line('as it trains', many)['loss'] - many * logits)
 
 def evaluation_peak(
     config: Config,
     codes: int,  # codes of the image tokenizer
     width: int,  # tokens a sequence
     parts: int = 1,  # parts that a step is computed in, over all devices
+    device: str = 'cpu',  # one of `CHUNK`
 ) -> int:  # bytes, with weights and optimizer
     "Memory of an evaluation, between two steps."
-    with FakeTensorMode(), Live() as live, torch.no_grad():
+    with FakeTensorMode(), Live() as live, torch.no_grad(), patch.dict(CHUNK, cpu=CHUNK[device]):
         model, vocab = skeleton(config.lm, codes, 'cpu')
         state = 8 * sum(p.numel() for p in freeze(model, config.trainable, vocab).parameters() if p.requires_grad)
-        with torch.autocast('cpu', torch.bfloat16, enabled=config.precision == 'bf16'): token_losses(model.eval(), _no_content(_at_a_time(config, parts), width))
+        with torch.autocast('cpu', torch.bfloat16, enabled=config.precision == 'bf16'): Planned(model.eval(), width)(*no_content(_at_a_time(config, parts), width - 1))
     return live.most + state
 
 def _at_a_time(config, parts): return min(math.ceil(config.batch / parts), config.eval_pairs)
@@ -466,11 +489,12 @@ def plan(
     model, vocab = skeleton(config.lm, codes)
     parts = config.accumulation * places[0][1]
     data = data_plan(config, grid, parts)
-    sizes, arms, flops = parameters_by_part(model), trainable_table(model, vocab).parameters.to_dict(), flops_per_token(model, data['padded'], config.trainable)
-    line, total = memory_lines(config, codes, data['widest']), sum(sizes.values())
+    sizes, arms, flops = parameters_by_part(model), trainable_table(model, vocab).parameters.to_dict(), flops_per_token(model, data['padded'] ** 2 / data['real'], config.trainable)
+    kind = 'cpu' if places[0][0] == 'cpu' else 'cuda'
+    line, total = memory_lines(config, codes, data['widest'], kind), sum(sizes.values())
     return dict(config=dataclasses.asdict(config), lm_from=architecture(config.lm)[1], image_tokenizer_from=codes_from, codes=codes, parameters=sizes | dict(total=total),
                 trainable={k: int(n) for k, n in arms.items()}, data=data, flops=flops, total_flops=flops['total'] * data['tokens'], mfu=mfu,
-                memory=memory_plan(line) | dict(evaluation=evaluation_peak(config, codes, data['widest'], parts), evaluated=_at_a_time(config, parts)),
+                memory=memory_plan(line) | dict(evaluation=evaluation_peak(config, codes, data['widest'], parts, kind), evaluated=_at_a_time(config, parts)),
                 disk=disk(config, grid, data['pairs'], data['caption'], data['caption_bytes'], 4 * total, int(arms[config.trainable])),
                 places=[_place(config, line, model, data, flops, kind, n, mfu) for kind, n in places])
 
@@ -518,11 +542,11 @@ def _head_text(plan):
     yield f'parameters  {_count(n["total"])}: ' + ', '.join(f'{part} {_count(n[part])}' for part in PARTS if n[part])
     yield '  trained   ' + ', '.join(f'{rule} {_count(size)}' for rule, size in plan['trainable'].items())
     yield f'data        {_count(d["pairs"])} pairs, captions of {d["caption"]:.1f} tokens ({d["source"]})'
-    yield f'sequences   {d["real"]:,.0f} of {d["padded"]:,.0f} tokens are real: {d["waste"]:.1%} padding'
-    yield f'run         {c["steps"]:,} steps of {c["batch"]:,} sequences: {_count(d["tokens"])} tokens, {_count(d["real_tokens"])} real, {d["epochs"]:.2f} epochs'
+    yield f'sequences   {d["real"]:,.0f} tokens, in batches {d["padded"]:,.0f} wide; only attention computes the {d["waste"]:.1%} of padding'
+    yield f'run         {c["steps"]:,} steps of {c["batch"]:,} sequences: {_count(d["tokens"])} tokens ({_count(d["padded_tokens"])} with padding), {d["epochs"]:.2f} epochs'
     yield (f'compute     {_of(f["total"], "FLOP")} a token ({f["attention"] / f["total"]:.0%} attention), {_of(plan["total_flops"], "FLOP")}; trainable: {c["trainable"]}; '
            f'{plan["mfu"]:.0%} of the {c["precision"]} peak')
     yield f'disk        {GB(k["store"])} of tokens (codes {GB(k["codes"])}), 3 checkpoints of {GB(k["checkpoint"])}, weights {GB(k["weights"])}'
-    yield f'memory      weights {GB(m["weights"])}, gradients {GB(m["gradients"])}, AdamW {GB(m["optimizer"])}' + (f', bf16 copies {GB(m["copies"])}' if c['precision'] == 'bf16' else '')
-    yield f'  sequence  activations {GB(m["activations"])} (checkpointing: {GB(m["activations_checkpointing"])}), logits {GB(m["logits"])} (in chunks: {GB(m["logits_chunked"])})'
+    yield f'memory      weights {GB(m["weights"])}, gradients {GB(m["gradients"])}, AdamW {GB(m["optimizer"])}' + (f', bf16 copies {GB(m["copies"])}' if c['precision'] == 'bf16' else '') + f', loss {GB(m["loss"])}'
+    yield f'  sequence  activations {GB(m["activations"])} (checkpointing: {GB(m["activations_checkpointing"])}), for its loss {GB(m["logits"])}'
     yield f'  evaluate  {GB(m["evaluation"])} for {m["evaluated"]:,} sequences at a time' + (': does not fit' if m['evaluation'] > min(x['room'] for x in plan['places']) else '')

@@ -6,7 +6,7 @@
 __all__ = ['Unit', 'work_units', 'unit_captions', 'ray_workers', 'tokenize_on_ray', 'store_bytes']
 
 # %% ../nbs/16_scale.ipynb #d15cac49
-from .data import MAX_FAILURES, BadInput, Captions, clear_leftovers, write_atomic
+from .data import MAX_FAILURES, BadInput, Captions, clear_leftovers, read_json, write_atomic
 from .tokenizers import STORE_FILES, TokenStore, batch_size, caption_lines, encode_images, finish_store, make_store, store_files
 
 # %% ../nbs/16_scale.ipynb #ca0bda8c
@@ -76,14 +76,17 @@ def _write_part(folder, pieces, end):
     write_atomic(folder/'part.json', json.dumps(dict(kept=end['report'].get('kept', 0), report=end['report'], failures=end['failures'], sha256=digests)))
 
 def _part(folder):
-    "What part.json says, or None where there is no part."
-    try: return json.loads((folder/'part.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return None
+    "What part.json says, or None where there is no part, or one to be made again."
+    try:
+        part = read_json(folder/'part.json')
+        sound = [type(part['kept']), *map(type, part['report'].values()), *(type(failure['row']) for failure in part['failures'])]
+        return part if set(sound) == {int} and isinstance(part['sha256'], dict) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError): return None
 
 def _read_part(unit, folder, part):
     "The bytes of a part's codes and captions; one that was damaged is thrown away."
     blocks = [(folder/name).read_bytes() if (folder/name).exists() else b'' for name in STORE_FILES]
-    if all(hashlib.sha256(block).hexdigest() == part['sha256'][name] for name, block in zip(STORE_FILES, blocks)): return blocks
+    if blocks[1].count(b'\n') == part['kept'] and all(hashlib.sha256(block).hexdigest() == part['sha256'].get(name) for name, block in zip(STORE_FILES, blocks)): return blocks
     (folder/'part.json').unlink()
     raise BadInput(f'the part of {unit.name} in {folder} is damaged; give the same command again: it is made afresh.')
 

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import BadInput, home, nearest, work_path
-from .training import Config, is_done, load_run, make_config, prepare, run_id
+from .training import PREPARED, Config, is_done, load_run, make_config, prepare, run_id
 
 # %% ../nbs/09_sweeps.ipynb #22baa534
 def notebooks(
@@ -70,8 +70,11 @@ def parse_value(
 ):  # a number, boolean, list, None, or the text itself
     "`5`, `1e-3`, `true`, `[0,1]` and `null` as values, anything else as text."
     if text.lower() in ('true', 'false', 'none', 'null'): return {'true': True, 'false': False}.get(text.lower())
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    try:
+        value = ast.literal_eval(text)
+        str(value)                                                              # what cannot be printed in a message is no value
+        return value
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError): return text
 
 def parse_parameters(
     pairs: list[str],  # 'name=value' each
@@ -164,13 +167,11 @@ def configs_of(
     "The runs that `runs/train.ipynb` trains with these parameters."
     return [make_config(**point) for point in expand(parameters)]
 
-_DATA = ('lm', 'image_tokenizer', 'data', 'px', 'pairs', 'layout', 'length', 'eval_pairs', 'rows', 'prose', 'prose_share')  # fields that `prepare` reads
-
 def _folders(
     configs: list[Config],
 ) -> list[Path]:  # there or not
     "Where the runs of some configs are recorded."
-    prints, key = {}, lambda c: tuple(getattr(c, name) for name in _DATA)
+    prints, key = {}, lambda c: tuple(getattr(c, name) for name in PREPARED)
     for c in configs: prints[key(c)] = prints.get(key(c)) or prepare(c, progress=False).fingerprint
     return [work_path('runs', run_id(c, prints[key(c)])) for c in configs]
 

@@ -10,7 +10,7 @@ __all__ = ['STORE_FILES', 'fingerprint_weights', 'nearest_codes', 'VQTokenizer',
            'usage']
 
 # %% ../nbs/01_tokenizers.ipynb #7bd7d6b7
-from .data import BadInput, Captions, clear_leftovers, data_path, nearest, read_json, work_path, write_atomic
+from .data import BadInput, Captions, clear_leftovers, data_path, nearest, read_json, work_path, write_atomic, writing
 
 # %% ../nbs/01_tokenizers.ipynb #74a462eb
 import hashlib
@@ -26,7 +26,7 @@ import torch
 from diffusers import VQModel
 from filelock import FileLock
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
 # %% ../nbs/01_tokenizers.ipynb #0d523bec
@@ -528,9 +528,11 @@ def make_store(
     folder = Path(folder) if folder else store_folder(captions, tokenizer, captions.spec["limit"])
     grid = tokenizer.grid(captions.px)
     if tokenizer.vocab_size > 2**16: raise BadInput(f'the image tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,} codes; a store holds at most 65,536.')
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/'lock'):
-        if not (folder/'meta.json').exists(): make(folder, grid)
+    if not (folder/'meta.json').exists():                                        # a finished store may lie where nothing can be written
+        with writing(f'the token store {folder}'):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder/'lock'):
+                if not (folder/'meta.json').exists(): make(folder, grid)
     store = TokenStore(folder)
     if (store.meta['data_fingerprint'], store.meta['tokenizer_fingerprint']) != (captions.fingerprint, tokenizer.fingerprint):
         raise BadInput(f'{folder} holds a store of other data or another tokenizer; give another folder.')

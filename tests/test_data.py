@@ -427,6 +427,7 @@ def test_places(tmp_path, monkeypatch):
     assert data.home() == Path(sys.prefix)/'share'/'t2ianalysis' and data.work_path('runs') == tmp_path/'runs'
 
 
+@pytest.mark.fault('a write of any small file fails', 'the old file stays, and nothing else')
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     target = write_atomic(tmp_path/'deep'/'x.txt', 'old')
     assert target.read_text() == 'old' and write_atomic(target, b'new').read_bytes() == b'new'

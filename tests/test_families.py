@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from t2ianalysis.compute import Scored
 from t2ianalysis.data import BadInput
 from t2ianalysis.generation import load_painter, sample_prompts
-from t2ianalysis.models import blocks, load_config, load_lm, packing_error, packs, parts, widen
+from t2ianalysis.models import blocks, load_config, load_lm, parts, widen
 from t2ianalysis.sequences import collate, document
 from t2ianalysis.training import kept, load_run, make_config, prepare, token_losses, train
 
@@ -36,30 +37,52 @@ page = definitions()
 vocab = page.vocab
 model_of = lambda name: page.load(page.FAMILIES[name])
 families = pytest.mark.parametrize('name', page.FAMILIES)
-FINE = dict(widen=True, arms=True, packs=True, reload=True, generate=True, sample=True, cache=True)
-OTHERWISE = {name: dict(packs=False) for name in ('OPT', 'OPT with a narrow embedding (350m)', 'Falcon', 'Falcon with ALiBi', 'BLOOM', 'gpt-oss')} | {
-    'Mamba': dict(arms='all only', packs=False, cache=False), 'Jamba': dict(arms='all only', packs=False), 'Qwen3-Next': dict(arms='all only', packs=False),
-    'RWKV': dict(packs=False, generate=False, sample=False, cache=False)}
+FINE = dict(widen=True, arms=True, reload=True, generate=True, sample=True, cache=True, loss='in chunks', padding='none')
+OTHERWISE = {name: dict(padding='padded') for name in ('OLMo 3', 'Gemma 3', 'Mistral', 'GPT-Neo', 'Falcon', 'Falcon with ALiBi', 'BLOOM', 'gpt-oss')} | {
+    name: dict(loss='all logits') for name in ('Phi', 'Granite', 'Cohere')} | {
+    name: dict(loss='all logits', padding='padded') for name in ('Gemma 2', 'GPT-J', 'Llama 4 text')} | {
+    'Mamba': dict(arms='all only', padding='padded', cache=False), 'Jamba': dict(arms='all only', padding='padded'), 'Qwen3-Next': dict(arms='all only', padding='padded'),
+    'RWKV': dict(padding='padded', generate=False, sample=False, cache=False)}
 
 
 @families
 def test_a_family_does_what_its_line_says(name):
     found = page.checks(model_of(name))
     assert found.pop('loss_error') < 1e-5
-    error = found.pop('packing_error')
-    assert error < 1e-5 if found['packs'] else error > 1e-2
     assert found == FINE | OTHERWISE.get(name, {})
 
 
 def test_the_page_shows_these_lines():
     "The tables in the notebook are those of its code as it is."
     lines = [line.split(' | ') for c in cells for o in c.outputs for line in o.get('data', {}).get('text/markdown', '').splitlines()]
-    shown = {line[0].removeprefix('| '): line[1:] for line in lines if len(line) == 10 and line[4][1:].startswith('e')}
-    mark = lambda row, *names: [{True: '✓', False: '✗'}.get(row[n], row[n]) for n in names]
+    shown = {line[0].removeprefix('| '): line[1:] for line in lines if line[-2:-1] in (['none'], ['padded'])}
     assert set(page.FAMILIES) < set(shown)
     for name in page.FAMILIES:
-        row, line = FINE | OTHERWISE.get(name, {}), shown[name]
-        assert line[:3] + line[4:8] == mark(row, 'widen', 'arms', 'packs', 'reload', 'generate', 'sample', 'cache'), name
+        row = FINE | OTHERWISE.get(name, {})
+        assert shown[name][:-1] == [{True: '✓', False: '✗'}.get(x, x) for x in row.values()], name
+
+
+@families
+def test_losses_and_gradients_are_those_of_the_padded_batch_and_of_each_document_alone(name):
+    "With fresh weights too, whose small numbers hide what wide ones show."
+    model, lengths = model_of(name), (9, 20, 14, 1)
+    ids = torch.randint(50, (4, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, 1).masked_fill(torch.arange(20)[None] >= torch.tensor(lengths)[:, None], -100)
+    plain = lambda model, ids, labels: F.cross_entropy(model(ids, use_cache=False).logits.float().flatten(0, 1), labels.flatten(), reduction='none').view(labels.shape)
+    near = lambda a, b: (a - b).abs().max() <= 1e-5 * b.abs().max()
+    for std in (1, 0.05):
+        with torch.no_grad():
+            for p in model.parameters(): p *= std if p.ndim > 1 else 1
+        scored = Scored(copy.deepcopy(model), 20)
+        assert scored.unpadded is ((FINE | OTHERWISE.get(name, {}))['padding'] == 'none')
+        total, losses = scored(ids, labels)
+        expected = plain(model, ids, labels)
+        assert near(losses, expected.detach()) and near(total.detach(), expected.sum().detach())
+        with torch.no_grad(): assert all(near(losses[i, :n], plain(model, ids[i:i + 1, :n], labels[i:i + 1, :n])[0]) for i, n in enumerate(lengths))
+        total.backward()
+        grads = torch.autograd.grad(expected.sum(), list(model.parameters()), allow_unused=True)
+        most = max(g.abs().max() for g in grads if g is not None)
+        for p, g in zip(scored.lm.parameters(), grads): assert (g is None and (p.grad is None or not p.grad.any())) or (p.grad - g).abs().max() <= 1e-4 * most
 
 
 # By hand: parameters of the parts. d = 32, FFN 64, 50 rows; heads of 16: 32 x 32 for queries and output, 32 x 16 for keys and values of one head
@@ -101,34 +124,6 @@ def test_the_loss_is_more_than_hidden_states_times_the_output_matrix(name, alike
         hidden = model.base_model(input_ids=batch.inputs, use_cache=False).last_hidden_state
         bare = F.cross_entropy(F.linear(hidden, model.get_output_embeddings().weight).flatten(0, 1), batch.labels.flatten())
         assert (abs(bare - token_losses(model, batch).mean()).item() < 1e-4) is alike
-
-
-# Packing
-
-def test_a_leak_is_seen():
-    model = model_of('Llama').train()
-    state = torch.get_rng_state()
-    assert packing_error(model) == packing_error(model) < 1e-5 and packs(model) and model.training and torch.equal(state, torch.get_rng_state())
-    leak = lambda module, args, options: (args, options | dict(attention_mask=torch.ones_like(options['input_ids'])))  # a mask of ones hides the borders
-    handle = model.register_forward_pre_hook(leak, with_kwargs=True)
-    assert packing_error(model) > 0.1 and not packs(model)
-    handle.remove()
-    handle = model.register_forward_pre_hook(lambda module, args, options: (args, {k: v for k, v in options.items() if k != 'position_ids'}), with_kwargs=True)
-    assert not packs(model)
-    handle.remove()
-    assert packs(model)
-
-
-def test_borders_hold_in_each_row_by_itself():
-    "As seen by a model that takes the borders of the first row for all."
-    model = model_of('Llama')
-    first = lambda module, args, options: (args, options | ({'position_ids': options['position_ids'][:1].expand_as(options['input_ids'])} if 'position_ids' in options else {}))
-    model.register_forward_pre_hook(first, with_kwargs=True)
-    assert not packs(model)
-
-
-@pytest.mark.parametrize('name', ['Mistral', 'Gemma 2', 'Llama 4 text'])
-def test_windows_begin_with_each_document(name): assert packing_error(model_of(name), (20, 3, 17)) < 1e-5
 
 
 # What cannot be

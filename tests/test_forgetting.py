@@ -253,6 +253,7 @@ def test_a_measurement_is_kept_by_weights_and_questions(weights, text_tokenizer,
     assert ask() == first
 
 
+@pytest.mark.fault('a stored measurement of forgetting is damaged', 'it is made again')
 def test_a_damaged_measurement_is_made_again(weights, text_tokenizer):
     ask = lambda: fg.measured(str(weights/'one'), text_tokenizer, TEXTS, weights/'kept', n_tasks=1, prompts=())
     first, (file,) = ask(), (weights/'kept').iterdir()

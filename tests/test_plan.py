@@ -3,15 +3,18 @@ import json
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import BloomConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, MistralConfig, PhiConfig, StableLmConfig
 
 from t2ianalysis import cli
+from t2ianalysis.compute import CHUNK, Scored
 from t2ianalysis.data import BadInput
 from t2ianalysis.models import RULES
 from t2ianalysis.plan import (
     DEVICES,
     PUBLISHED,
     Live,
+    Planned,
     architecture,
     captions_at_hand,
     check_memory,
@@ -19,6 +22,8 @@ from t2ianalysis.plan import (
     data_plan,
     disk,
     flops_per_token,
+    memory_lines,
+    no_content,
     parameters_by_part,
     plan,
     plan_text,
@@ -29,6 +34,8 @@ from t2ianalysis.plan import (
 )
 from t2ianalysis.scale import store_bytes
 from t2ianalysis.training import make_config
+
+TINY = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)
 
 
 @pytest.fixture(scope='module')
@@ -58,41 +65,57 @@ def test_a_model_that_is_here_is_not_taken_from_the_published_one(tmp_path):
 
 @pytest.mark.parametrize('rule', list(RULES))
 def test_flops_are_those_of_pytorchs_counter(lm, rule):
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from t2ianalysis.models import freeze
-    from t2ianalysis.sequences import Batch
-    from t2ianalysis.training import token_losses
     with FakeTensorMode():
         model, vocab = skeleton(lm, 64, 'cpu')
         freeze(model, rule, vocab)
-        batch = Batch(torch.zeros(2, 33, dtype=torch.long), torch.ones(2, 33, dtype=torch.int8))
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): token_losses(model, batch).sum().backward()
+        scored = Planned(model, 32)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): scored(*no_content(2, 32))[0].backward()
     assert flops_per_token(skeleton(lm, 64)[0], 32, rule)['total'] == pytest.approx(counter.get_total_flops() / 64, rel=0.03)
 
 
-def test_bytes_of_a_step_add_up(lm):
-    n = sum(p.numel() for p in skeleton(lm, 64)[0].parameters())
-    config, rows = make_config('smoke', lm=lm), 4 * 40 * (1024 + 7 + 64) * 4         # fp32 logits
-    whole, chunked, light = trace(config, 64, 41, ((4, False, False), (4, True, False), (4, False, True)))
-    for t in (whole, chunked, light): assert (t['weights'], t['gradients'], t['optimizer']) == pytest.approx((4 * n, 4 * n, 8 * n), rel=1e-3)
-    assert whole['more'] == pytest.approx(16 * n + whole['activations'] + whole['logits'], rel=1e-3)
-    assert 2 * rows <= whole['logits'] <= 4 * rows and chunked['logits'] < whole['logits'] / 2 and light['activations'] < whole['activations'] / 2
-    assert whole['first'] <= whole['more']
-    wider, = trace(config, 64, 41, ((8, False, False),))
-    assert wider['activations'] == pytest.approx(2 * whole['activations'], rel=0.01)
-    frozen, = trace(make_config('smoke', lm=lm, trainable='norms'), 64, 41, ((4, False, False),))
+def test_bytes_of_a_step_add_up(lm, monkeypatch):
+    n, rows = sum(p.numel() for p in skeleton(lm, 64)[0].parameters()), 1024 + 7 + 64
+    monkeypatch.setitem(CHUNK, 'cpu', 40 * rows)                                            # logits of 40 tokens at a time
+    config = make_config('smoke', lm=lm)
+    whole, double, light = trace(config, 64, 41, ((4, False), (8, False), (4, True)))
+    for t in (whole, double, light): assert (t['weights'], t['gradients'], t['optimizer']) == pytest.approx((4 * n, 4 * n, 8 * n), rel=1e-3)
+    assert whole['more'] == pytest.approx(16 * n + whole['activations'] + whole['loss'], rel=1e-3) and whole['first'] <= whole['more']
+    chunk, head, hidden = 4 * 40 * rows, 4 * 128 * rows, 4 * 4 * 40 * 128                   # a chunk in fp32; the gradients of output layer and hidden states
+    assert 2 * chunk + head + hidden <= whole['loss'] <= 3 * chunk + 2 * head + 2 * hidden
+    assert double['activations'] == pytest.approx(2 * whole['activations'], rel=0.01) and double['loss'] - whole['loss'] <= 2 * hidden and light['activations'] < whole['activations'] / 2
+    frozen, = trace(make_config('smoke', lm=lm, trainable='norms'), 64, 41, ((4, False),))
     norms = sum(p.numel() for name, p in skeleton(lm, 64)[0].named_parameters() if 'norm' in name or 'embed' in name or 'lm_head' in name)
     assert frozen['gradients'] == 4 * norms and frozen['activations'] < whole['activations']
+
+
+def test_memory_bends_where_a_chunk_is_full(lm, monkeypatch):
+    monkeypatch.setitem(CHUNK, 'cpu', 8 * 41 * (1024 + 7 + 64))
+    config = make_config('smoke', lm=lm)
+    line, found = memory_lines(config, 64, 41), {n: trace(config, 64, 41, ((n, False),))[0] for n in (1, 3, 8, 20, 100)}
+    for n, t in found.items(): assert line('as it trains', n)['more'] == pytest.approx(t['more'], rel=0.03)
+
+
+@pytest.mark.parametrize('config, lean, unpadded', [
+    (LlamaConfig(**TINY), True, True), (StableLmConfig(**TINY, partial_rotary_factor=0.0), True, True), (GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128), True, True),
+    (MistralConfig(**TINY, sliding_window=8), True, False), (MistralConfig(**TINY, sliding_window=64), True, True), (Gemma2Config(**TINY, head_dim=16), False, False), (GraniteConfig(**TINY, logits_scaling=2.0), False, True),
+    (PhiConfig(**TINY), False, True), (BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2), True, False)], ids=lambda c: getattr(c, 'model_type', None))
+def test_what_is_planned_is_what_is_trained(config, lean, unpadded, tmp_path):
+    "As told from the code, as measured on a real model."
+    config.save_pretrained(tmp_path)
+    with FakeTensorMode(): planned = Planned(skeleton(str(tmp_path), 16, 'cpu')[0], 20)
+    scored = Scored(skeleton(str(tmp_path), 16, 'cpu')[0], 20)
+    assert (planned.lean, planned.unpadded) == (scored.lean, scored.unpadded) == (lean, unpadded)
 
 
 def test_another_family_is_planned_too(tmp_path):
     GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128).save_pretrained(tmp_path/'gpt2')
     model, _ = skeleton(str(tmp_path/'gpt2'), 16)
     assert parameters_by_part(model)['position'] == 128 * 32 and parameters_by_part(model)['output'] == 0
-    assert trace(make_config('smoke', lm=str(tmp_path/'gpt2'), precision='bf16'), 16, 20, ((2, False, False),))[0]['more'] > 0
+    assert trace(make_config('smoke', lm=str(tmp_path/'gpt2'), precision='bf16'), 16, 20, ((2, False),))[0]['more'] > 0
 
 
 def test_memory_is_what_a_real_run_takes(lm):
@@ -105,7 +128,7 @@ def test_padding_is_measured_where_the_captions_are(pairs_folder):
     config = make_config('smoke', data=str(pairs_folder), px=64, pairs=0)
     d = data_plan(config, 64, 1)
     assert 'measured on' in d['source'] and 1 <= d['pairs'] <= 10 and d['real'] <= d['padded'] <= d['widest'] and d['real'] == pytest.approx(64 + 6 + d['caption'])
-    assert d['sequences'] == 24 and d['tokens'] == pytest.approx(24 * d['padded'])
+    assert d['sequences'] == 24 and d['tokens'] == pytest.approx(24 * d['real']) and d['padded_tokens'] == pytest.approx(24 * d['padded'])
     assert sequence_widths(make_config('paper'), 1024, None)['padded'] == 1152
     with pytest.raises(BadInput, match='length=20 is too short'): sequence_widths(make_config('smoke', length=20), 64, None)
 
@@ -136,7 +159,6 @@ def test_hours_follow_devices_and_mfu(lm):
 
 
 def test_views_and_what_is_gone_do_not_count():
-    from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), Live() as live:
         x = torch.zeros(100, 100)
         y = (x + 1).t()

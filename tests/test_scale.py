@@ -148,6 +148,7 @@ def test_a_store_in_shards_reads_like_one_file(tars, vq, here, text_tokenizer, t
 @pytest.mark.parametrize('name', ['codes-00001.bin', 'captions-00002.jsonl'])
 @pytest.mark.parametrize('spoil', [lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:-2] + b'x\n')],
                          ids=['cut', 'gone', 'changed'])
+@pytest.mark.fault('a shard of a large token store is cut or changed', 'the store is refused; the shard is named')
 def test_a_damaged_shard_is_named(tars, vq, here, tmp_path, name, spoil):
     here()
     store = tokenize_on_ray(tars(), vq, tmp_path/'shards', batch=4, shard_pairs=5, progress=False)
@@ -212,6 +213,7 @@ def test_a_pass_of_one_process_and_a_ray_job_may_take_turns(tars, vq, here, tmp_
     assert contents(tokenize_on_ray(tars(), vq, tmp_path/'many', batch=4, progress=False).folder) == whole
 
 
+@pytest.mark.fault('a tar of the source is cut short', 'it is named; with the whole tar only its part is done again')
 def test_a_truncated_tar_is_named_and_only_it_is_done_again(tars, vq, here, tmp_path):
     whole, encoded, tar = one_process(tars(), vq, tmp_path/'one'), here(), tmp_path/'tars/00003.tar'
     content = cut(tar, 8)
@@ -319,6 +321,7 @@ def test_workers_that_share_a_gpu(tars, vq_folder, cluster, tmp_path):
     assert contents(store.folder) == whole
 
 
+@pytest.mark.fault('kill -9 of a Ray worker', 'another takes its work; the store is the same to the byte')
 def test_a_worker_that_dies_is_replaced(tars, vq, cluster, tmp_path):
     class Mortal(type(vq)):
         "Its process is killed at the second batch, once."
@@ -346,6 +349,7 @@ tokenize_on_ray(load_captions(sys.argv[1], 'all', 16), Slow(t.model, t.name, t.f
 """
 
 
+@pytest.mark.fault('kill -9 of a tokenising job on Ray', 'the parts that are whole stay; the rest is made')
 def test_a_killed_job_goes_on(tars, vq, vq_folder, cluster, tmp_path):
     whole = one_process(tars(), vq, tmp_path/'one')
     job = subprocess.Popen([sys.executable, '-c', JOB, str(tmp_path/'tars'), str(vq_folder), str(tmp_path/'many')],

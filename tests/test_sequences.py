@@ -13,8 +13,6 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.masking_utils import find_packed_sequence_indices
 
 from t2ianalysis import sequences
 from t2ianalysis.data import BadInput, load_captions
@@ -33,9 +31,7 @@ from t2ianalysis.sequences import (
     document,
     documents,
     order,
-    pack,
     read_document,
-    rows_of,
     text_fingerprint,
 )
 from t2ianalysis.tokenizers import ShardedCodes, tokenize_captions
@@ -185,7 +181,7 @@ def test_a_batch_of_a_store_is_its_documents(pairs, room, layout, shards, data):
         wanted = [rows[n] if s else rows.without_caption(n) for n, s in zip(numbers, shown or [True] * len(numbers))]
         captioned = shown and np.array(shown)
         batch, reference = rows.batch(np.array(numbers), captioned), collate(rows.vocab, wanted)
-        assert torch.equal(batch.ids, reference.ids) and torch.equal(batch.kind, reference.kind) and batch.positions is None
+        assert torch.equal(batch.ids, reference.ids) and torch.equal(batch.kind, reference.kind)
         assert rows.lengths(numbers, captioned).tolist() == [len(d) for d in wanted]
         assert [d.tolist() for d in rows.documents(numbers, captioned)] == wanted
         assert rows.shortened == (sum(len(c) > room for c, _ in pairs) if layout == 'text-image' else 0)
@@ -203,67 +199,9 @@ def test_plain_text_is_its_tokens_between_end_tokens(text_tokenizer):
     assert prose.ids.flat.dtype == np.int32 and len(Prose([], text_tokenizer, 12)) == 0
 
 
-# Packing
+# Parts
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
-
-
-@settings(max_examples=200, deadline=None)
-@given(lengths, st.integers(40, 90))
-def test_rows_hold_every_document_once_and_never_too_much(lengths, size):
-    rows = rows_of(lengths, size)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths))) and all(0 < sum(lengths[i] for i in row) <= size for row in rows)
-    assert rows == rows_of(np.array(lengths), size)
-    following, room = 0, 0  # next-fit in the same order
-    for n in sorted(lengths, reverse=True):
-        if n > room: following, room = following + 1, size
-        room -= n
-    assert len(rows) <= following
-    assert all(sum(lengths[i] for i in row) + lengths[later[0]] > size for k, row in enumerate(rows) for later in rows[k + 1:])  # a row was opened only where none had room
-
-
-def test_rows_are_first_fit_decreasing():
-    assert rows_of([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 3, 2, 5]] and rows_of([5, 5, 5, 5], 10) == [[0, 1], [2, 3]] and rows_of([], 10) == []
-    with pytest.raises(BadInput, match='pack=10 is too short for a document of 11 tokens; give at least 11'): rows_of([3, 11], 10)
-
-
-@settings(max_examples=100, deadline=None)
-@given(rows, st.integers(0, 30), st.data())
-def test_packing_keeps_every_token(rows, extra, data):
-    docs = [document(vocab, caption, image, len(image) + 6 + room, layout)[0] for caption, image, room, layout in rows] + [[5, 6, 7], [8]]
-    prose = data.draw(st.sets(st.sampled_from(range(len(docs)))))
-    size = max(map(len, docs)) + extra
-    places = rows_of([len(d) for d in docs], size)
-    packed, padded = pack(vocab, [np.array(d) for d in docs], places, size, prose), collate(vocab, docs, prose)
-    assert packed.ids.shape == packed.kind.shape == packed.positions.shape == (len(places), size) and packed.position_ids.shape == packed.labels.shape
-    assert packed.tokens == padded.tokens == sum(len(d) - 1 for d in docs) == (packed.labels != -100).sum()
-    for row, ids, kind, positions in zip(places, packed.ids, packed.kind, packed.positions):
-        filled = [t for i in row for t in docs[i]]
-        assert ids.tolist() == filled + [vocab.special('<pad>')] * (size - len(filled))
-        assert positions.tolist() == [p for n in [*(len(docs[i]) for i in row), size - len(filled)] for p in range(n)]
-        assert kind.tolist() == [k for i in row for k in padded.kind[i, :len(docs[i])].tolist()] + [Kind.PAD] * (size - len(filled))
-    pairs = lambda b: sorted(zip(b.inputs[b.labels != -100].tolist(), b.labels[b.labels != -100].tolist(), b.label_kind[b.labels != -100].tolist()))
-    assert pairs(packed) == pairs(padded)                                                  # the same is predicted from the same
-    assert torch.equal(packed.labels == -100, packed.label_kind == Kind.PAD) and (packed.label_kind[packed.positions[:, 1:] == 0] == Kind.PAD).all()
-
-
-def test_packed_documents_do_not_see_each_other():
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)).eval()
-    docs = [document(vocab, [1] * n, [3, 2, 1], 40)[0] for n in (2, 9, 4, 0)]
-    packed = pack(vocab, docs, places := rows_of([len(d) for d in docs], 40), 40)
-    with torch.no_grad():
-        logits = model(packed.inputs, position_ids=packed.position_ids, use_cache=False).logits
-        assert logits.isfinite().all()                                                     # padding too
-        for r, row in enumerate(places):
-            start = 0
-            for i in row:
-                alone = model(torch.tensor([docs[i][:-1]]), use_cache=False).logits[0]
-                assert torch.allclose(logits[r, start:start + len(alone)], alone, atol=1e-5)
-                start += len(docs[i])
-    document_of = find_packed_sequence_indices(packed.position_ids)
-    for r, row in enumerate(places):
-        assert document_of[r].tolist() == [k for k, n in enumerate([len(docs[i]) for i in row] + [40]) for _ in range(n)][:39]
 
 
 @settings(max_examples=200, deadline=None)
@@ -275,15 +213,6 @@ def test_parts_of_similar_lengths(lengths, parts):
     tokens = [sum(lengths[i] for i in group) for group in groups]
     if max(lengths) <= sum(lengths) / parts: assert all(abs(t - sum(lengths) / parts) <= max(lengths) for t in tokens)
     assert by_length([], 3) == []
-
-
-def test_a_packed_batch_moves_and_shows():
-    docs = [document(vocab, [1] * n, [3], 40)[0] for n in (2, 0, 1)]
-    batch = pack(vocab, docs, [[0, 1], [2]], 20)
-    moved = batch.to('cpu', non_blocking=True)
-    assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in ('ids', 'kind', 'positions')) and moved.tokens == batch.tokens
-    assert batch._repr_html_().count('border-left') == 1 + 2 and collate(vocab, docs)._repr_html_().count('border-left') == 0  # a second document, and padding twice
-    assert repr(batch) == f'Batch((2, 20), {sum(map(len, docs)) - 3} tokens)'
 
 
 # The order of the data
@@ -364,6 +293,7 @@ def moved_border(content): return content[:32] + bytes([content[32] + 1]) + cont
 
 
 @pytest.mark.parametrize('damage', [cut, cut_in_the_lengths, emptied, longer, other_length, other_token, moved_border], ids=lambda f: f.__name__)
+@pytest.mark.fault('the file of tokenised captions is cut or changed', 'it is made again')
 def test_a_damaged_cache_is_made_again(store, text_tokenizer, damage):
     tokenizer, calls = counting(text_tokenizer)
     whole = [ids.copy() for ids in caption_ids(store, tokenizer)]  # the file itself is about to be damaged

@@ -375,6 +375,7 @@ def test_bad_pictures_leave_no_hole(vq, make, tmp_path):
 
 @pytest.mark.parametrize('name', ['codes.bin', 'captions.jsonl'])
 @pytest.mark.parametrize('where', [0, 77, -1])
+@pytest.mark.fault('a bit of a token store flips', 'the store is refused; the file and the remedy are named')
 def test_one_flipped_bit_is_found_and_named(store, name, where):
     content = bytearray((store.folder/name).read_bytes())
     content[where] ^= 1
@@ -384,6 +385,7 @@ def test_one_flipped_bit_is_found_and_named(store, name, where):
 
 
 @pytest.mark.parametrize('name', ['codes.bin', 'captions.jsonl'])
+@pytest.mark.fault('a file of a token store is gone', 'the store is refused; the file is named')
 def test_a_file_that_is_gone_is_named(store, name):
     (store.folder/name).unlink()
     with pytest.raises(BadInput, match=name): TokenStore(store.folder)
@@ -475,6 +477,7 @@ def stop_at_write(number, monkeypatch, make_store):
 
 
 @pytest.mark.parametrize('limit, writes', [(None, 10), (7, 7)])
+@pytest.mark.fault('a tokenising pass stops at any write, with torn ends of its files', 'it goes on to the same bytes')
 def test_a_pass_stopped_at_any_write_goes_on_to_the_same_bytes(uneven, vq, tmp_path, monkeypatch, limit, writes):
     whole = tokenise(uneven, vq, tmp_path/'whole', limit=limit)
     for stop in range(1, 99):
@@ -520,6 +523,7 @@ tokenize_captions(load_captions(pairs, 'all', 16), tokenizer, out, batch=4, prog
 """
 
 
+@pytest.mark.fault('kill -9 during tokenising', 'the pass goes on where it stopped, to the same bytes')
 def test_a_killed_process_goes_on_to_the_same_bytes(vq_folder, vq, make, tmp_path):
     folder, out = make['pairs'](tmp_path/'pairs', 60), tmp_path/'out'
     process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', KILLED, str(folder), str(vq_folder), str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -572,6 +576,7 @@ def test_a_named_folder_is_not_taken_for_other_data(vq, make, pairs_folder, tmp_
     with pytest.raises(BadInput): tokenise(other, vq, out)
 
 
+@pytest.mark.fault('two passes over the same data at once', 'one makes the store, the other waits and opens it')
 def test_two_at_once_make_one_store(vq, pairs_folder, tmp_path):
     whole, both, stores = tokenise(pairs_folder, vq, tmp_path/'whole').fingerprint, threading.Barrier(2), []
     class Meeting(VQTokenizer):
