@@ -110,6 +110,7 @@ def _yaml(path):
 
 def _named(config, where):
     if not isinstance(config, dict) or not isinstance(config.get('task'), str): raise BadInput(f'task: {where} has no field `task` with a name; give one task as lm-eval writes it.')
+    if odd := [key for key in config if not isinstance(key, str)]: raise BadInput(f'task: {where} has the field {odd[0]!r}, which is no name; give one task as lm-eval writes it.')
     return config
 
 # %% ../nbs/18_evaluation.ipynb #2ab1e841

@@ -106,11 +106,12 @@ def stablelm_config(
         if name not in values: raise BadInput(f'the config lacks {name}; a model config of open_lm has {", ".join(fields)}.')
         if values[name] < 1: raise BadInput(f'{name}={values[name]} in the config must be above zero.')
         if values[name] > (1000 if name == 'n_layers' else 2**24): raise BadInput(f'{name}={values[name]} in the config is more than any model has; give the config of this checkpoint.')
+    if not 0 <= values.get('norm_eps', 1e-5) < 1: raise BadInput(f'norm_eps={str(values["norm_eps"])[:24]} in the config is out of range; give the config of this checkpoint.')
     d, n, heads, length, rows = (values[name] for name in fields)
     if d % (2 * heads): raise BadInput(f'hidden_dim={d} does not divide into n_heads={heads} heads of an even width; give the config of this checkpoint.')
     return StableLmConfig(
         architectures=['StableLmForCausalLM'], vocab_size=rows, hidden_size=d, intermediate_size=256 * math.ceil(int(8 * d / 3) / 256), num_hidden_layers=n,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=length, layer_norm_eps=values.get('norm_eps', 1e-5),
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=length, layer_norm_eps=float(values.get('norm_eps', 1e-5)),
         tie_word_embeddings=bool(values.get('weight_tying')), initializer_range=d ** -0.5,  # open_lm's own for embeddings
         rope_theta=10_000., partial_rotary_factor=POSITIONS[positions], open_lm_positions=positions)
 
