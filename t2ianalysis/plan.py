@@ -53,7 +53,7 @@ def _on_disk(
     lm: str,  # as for `models.load_lm`
 ) -> bool:
     "Whether a language model's own files are here."
-    return cache_path('smollm2-135m', 'config.json').is_file() if lm == 'smollm2-135m' else lm == 'bundled' or Path(lm).expanduser().is_dir()
+    return cache_path('smollm2-135m', 'config.json').is_file() if lm == 'smollm2-135m' else lm == 'bundled' or os.path.isdir(os.path.expanduser(lm))
 
 def architecture(
     lm: str,  # 'bundled', 'smollm2-135m', a folder or a hub name; open_lm-1b need not be there
@@ -101,9 +101,9 @@ def codes_of(
     px: int,  # side of an image in pixels
 ) -> tuple[int, int, str]:  # (codes in the codebook, codes an image, where that comes from)
     "What the plan needs to know of an image tokenizer, from its config where that is enough."
-    folder = data_path('image_tokenizer') if image_tokenizer == 'bundled' else Path(image_tokenizer).expanduser()
+    folder = data_path('image_tokenizer') if image_tokenizer == 'bundled' else Path(os.path.expanduser(image_tokenizer))
     config, source = {}, 'from its config'
-    if (folder/'config.json').is_file(): config = json.loads((folder/'config.json').read_text())
+    if os.path.isfile(folder/'config.json'): config = json.loads((folder/'config.json').read_text())
     elif folder.name in PUBLISHED_VQ: config, source = PUBLISHED_VQ[folder.name], 'from the published config'
     if 'num_vq_embeddings' not in config:                                       # not a `VQModel`: the adapter knows
         tokenizer = load_image_tokenizer(image_tokenizer)
@@ -120,7 +120,7 @@ def captions_at_hand(
     most: int = 20_000,  # captions read
 ) -> tuple | None:  # (tokens of each caption, mean bytes of a caption, pairs in all, words that say so); None if the data are not here
     "Lengths of the captions of the training side."
-    if config.data != 'openclipart' and not Path(config.data).expanduser().exists(): return None
+    if config.data != 'openclipart' and not os.path.exists(os.path.expanduser(config.data)): return None
     data = captions_of(config, 'train', config.pairs or None)
     captions = list(islice(data.captions(), most))
     lm = config.lm if _on_disk(config.lm) else 'bundled'

@@ -543,7 +543,7 @@ def feed(
     pin = accelerator.device.type == 'cuda'
     def make(step):
         count, parts = batches_at(config, material, step, accelerator.process_index, accelerator.num_processes)
-        parts = [(*fitted(b.inputs, b.labels), b.label_kind) for b in parts]
+        parts = [(*fitted(b.inputs, b.labels, config.length), b.label_kind) for b in parts]
         return count, [tuple(x.contiguous().pin_memory() if pin else x for x in part) for part in parts]
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(make, first)
