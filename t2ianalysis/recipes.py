@@ -142,13 +142,13 @@ def _annotations(
         images, captions = {i['id']: i['file_name'] for i in content['images']}, [(a['id'], a['image_id'], a['caption']) for a in content['annotations']]
         licences = {i.get('license'): None for i in content['images']} | {i.get('id'): i.get('name') for i in content.get('licenses') or []}
     except (KeyError, TypeError, AttributeError) as error: raise wrong(f'lacks the field {error} in an image, a caption or a licence') from error
-    for ids in (images, [a for a, _, _ in captions]):
+    for ids in (images, [a for a, _, _ in captions], [image for _, image, _ in captions]):
         if {type(i) for i in ids} not in ({int}, {str}): raise wrong('has ids that are not all whole numbers, or all texts')
     if not all(isinstance(words, str) for words in (*(c for _, _, c in captions), *filter(None, licences.values()))): raise wrong('has a caption or the name of a licence that is no text')
-    odd = next((name for name in images.values() if not isinstance(name, str) or Path(name).name != name), None)
-    if odd is not None: raise wrong(f'names the image {odd!r}, which is no plain file name', 'correct the file')
-    unknown = next((image for _, image, _ in captions if image not in images), None)
-    if unknown is not None: raise wrong(f'has a caption of image {unknown}, which is not among its images', 'bring the annotations again')
+    odd = [name for name in images.values() if not isinstance(name, str) or Path(name).name != name]
+    if odd: raise wrong(f'names the image {odd[0]!r}, which is no plain file name', 'correct the file')
+    unknown = [image for _, image, _ in captions if image not in images]
+    if unknown: raise wrong(f'has a caption of image {unknown[0]!r}, which is not among its images', 'bring the annotations again')
     return content
 
 # %% ../nbs/15_recipes.ipynb #4d2dadf8

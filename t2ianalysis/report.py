@@ -71,6 +71,15 @@ def _check_runs(
         other = values.get('preset', preset) if isinstance(values, dict) else preset
         if other != preset: raise BadInput(f'run {run!r} is of preset {other!r}, the record of {preset!r}: keep the presets apart.')
 
+# %% ../nbs/12_report.ipynb #39762d2a
+def _json(
+    path: Path,
+) -> dict:  # empty when there is no such file, or none that can be read
+    "A JSON file of a record."
+    found = None
+    with suppress(OSError, ValueError): found = read_json(path)
+    return found if isinstance(found, dict) else {}
+
 # %% ../nbs/12_report.ipynb #81bf89f1
 def record(
     finding: str,  # name of its notebook
@@ -153,14 +162,6 @@ def verdicts_of_all(
     return pd.DataFrame(rows, columns=['finding', 'claim', 'paper', 'ours', 'verdict', 'runs'])
 
 # %% ../nbs/12_report.ipynb #663d573c
-def _json(
-    path: Path,
-) -> dict:  # empty when there is no such file, or none that can be read
-    "A JSON file of a record."
-    found = None
-    with suppress(OSError, ValueError): found = read_json(path)
-    return found if isinstance(found, dict) else {}
-
 def _last_losses(
     folder: Path,  # of a run
 ) -> dict:  # kind to nats a token
