@@ -409,7 +409,7 @@ def train(
     if config.batch < config.accumulation * accelerator.num_processes:
         raise BadInput(f'batch={config.batch} is less than a sequence for each of {accelerator.num_processes} processes and accumulation={config.accumulation}; raise it, or lower the others.')
     folder = work_path('runs', run_id(config, material.fingerprint))
-    with _alone(folder, accelerator), _terminated() as stop, fast_cpu() if accelerator.device.type == 'cpu' else contextlib.nullcontext():
+    with _alone(folder, accelerator), _terminated() as stop, fast_cpu() if accelerator.device.type == 'cpu' and config.precision == 'fp32' else contextlib.nullcontext():
         with writing(f'the record {folder}'):
             if said(accelerator, lambda: _begin(config, folder)): _train(config, material, folder, bar, stop, accelerator)
     return folder
@@ -619,7 +619,7 @@ def open_record(folder, config, material, accelerator, model):
     "config.json and environment.json."
     shortened, scored = dict(train=material.train.shortened, validation=material.valid.shortened), accelerator.unwrap_model(model)
     computing = dict(processes=accelerator.num_processes, sharded=isinstance(model, FSDPModule), logits_in_chunks=scored.lean, unpadded=scored.unpadded,
-                     products='oneDNN' if accelerator.device.type == 'cpu' and slow_mkl() else 'default')
+                     products='oneDNN' if accelerator.device.type == 'cpu' and config.precision == 'fp32' and slow_mkl() else 'default')
     write_atomic(folder/'config.json', json.dumps(dict(config=dataclasses.asdict(config), fingerprint=material.fingerprint, captions_shortened=shortened), indent=1))
     write_atomic(folder/'environment.json', json.dumps(environment(**computing), indent=1))
 
