@@ -237,7 +237,7 @@ def cases(
         return feed + _loop('SmolLM2-135M, 1,024 codes, bf16', 'gpu', steps=20, rounds=3, pairs=640) + _head(65_543, 576, 16_384) + _head(66_823, 2_048, 16_384)
     if preset != 'laptop': raise BadInput(f'preset={preset!r} has no benchmark; give smoke, laptop or gpu.{nearest(preset, ("smoke", "laptop", "gpu"))}')
     small, large = dict(steps=14, pairs=224), dict(steps=4, pairs=64, skip=1, rounds=2, lm='smollm2-135m')
-    return [*feed, *_loop('bundled LM', 'laptop', **small, loops=[*LOOPS, ('ours, two processes', 1)]), *_loop('bundled LM, bf16', 'laptop', loops=four, precision='bf16', **small), *_loop('SmolLM2-135M', 'laptop', loops=four, **large),
+    return [*feed, *_loop('bundled LM', 'laptop', **small, loops=[*LOOPS, ('ours, two processes', 1)]), *_loop('bundled LM, bf16', 'laptop', loops=four, precision='bf16', **small), *_loop('SmolLM2-135M', 'laptop', loops=[*four, ('ours', 8)], **large),
             *_loop('bundled LM, 256 codes', 'laptop', px=128, length=352, steps=6, pairs=96, rounds=2, loops=two),
             *_loop('bundled LM, 1,024 codes', 'laptop', px=256, length=1120, steps=5, batch=4, pairs=20, rounds=2, loops=two, skip=1), *_head(24_583, 256), *_head(65_543, 576)]
 
