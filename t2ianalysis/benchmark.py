@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 # %% ../nbs/18a_benchmark.ipynb #f08ea03f
 from .compute import fast_cpu, head_losses
-from .data import BadInput, home, nearest, work_path, write_atomic
+from .data import BadInput, home, memory, nearest, work_path, write_atomic
 from .models import generator, load_lm, widen
 from .plan import DEVICES, flops_per_token, skeleton
 from .sequences import Sequences, order
@@ -103,11 +103,6 @@ def _trainer(config, material):
 SYSTEMS = {'ours': _ours, 'ours, two processes': _two_processes, 'Trainer': _trainer, 'plain loop': _plain}
 
 # %% ../nbs/18a_benchmark.ipynb #5289a454
-def _resident(field):
-    "A line of Linux's account of this process, MB."
-    found = re.search(rf'{field}:\s+(\d+)', Path('/proc/self/status').read_text()) if Path('/proc/self/status').exists() else None
-    return int(found[1]) / 1024 if found else float('nan')
-
 @contextlib.contextmanager
 def _memory(out):
     "Puts the peak in MB of what runs inside, above what was there, and of the process into a dict."
@@ -115,9 +110,9 @@ def _memory(out):
     if cuda: torch.cuda.reset_peak_memory_stats()
     else:
         with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')   # the peak begins anew
-    before = _resident('VmRSS')
+    before = memory('VmRSS')
     yield
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else _resident('VmHWM')
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory('VmHWM')
     out |= dict(own_mb=round(peak - (0 if cuda else before), 1), peak_mb=round(peak, 1))
 
 def measure(

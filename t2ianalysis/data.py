@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_TEXT', 'MAX_CAPTION', 'MAX_PIXELS', 'MAX_BYTES', 'MAX_NAMES', 'MAX_FAILURES', 'MAX_DISTANCE', 'BadInput',
-           'nearest', 'home', 'data_path', 'work_path', 'cache_path', 'read_text', 'read_json', 'read_yaml',
-           'write_atomic', 'clear_leftovers', 'writing', 'new_folder', 'write_folder', 'in_validation', 'square',
-           'decode_image', 'Captions', 'load_captions', 'load_prose', 'contact_sheet']
+           'nearest', 'home', 'data_path', 'work_path', 'cache_path', 'memory', 'read_text', 'read_json', 'read_yaml',
+           'write_atomic', 'clear_leftovers', 'writing', 'new_folder', 'whole_folder', 'write_folder', 'in_validation',
+           'square', 'decode_image', 'Captions', 'load_captions', 'load_prose', 'contact_sheet']
 
 # %% ../nbs/00_data.ipynb #14501220
 import warnings
@@ -97,6 +97,14 @@ def cache_path(
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
+def memory(
+    field: str,            # 'VmRSS': resident now; 'VmHWM': its peak; 'RssAnon': without what is mapped from files
+    process: int | str = 'self',  # its number
+) -> float:                # MB of 2**20 bytes; nan where the system does not say: it is not Linux, or the process has ended
+    "What a process takes of the memory, by the system's own account"
+    try: return next(int(line.split()[1]) / 1024 for line in Path(f'/proc/{process}/status').read_text().splitlines() if line.startswith(f'{field}:'))
+    except (OSError, StopIteration): return float('nan')
+
 # %% ../nbs/00_data.ipynb #05a36851
 MAX_TEXT = 256 * 2**20
 
@@ -169,19 +177,31 @@ def new_folder(
         raise BadInput(f'out={str(out)!r} exists and is not an empty folder; what is not empty is left alone: delete it, or give another folder.')
     return out
 
+@contextlib.contextmanager
+def whole_folder(
+    final: Path,   # a folder that is not there, or is empty
+    name: str,     # of the folder beside it, until it is whole
+) -> Iterator[Path]:  # where to make it
+    "Make a folder whole or not at all; what a killed process has left of it is deleted first"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(name)
+    shutil.rmtree(beside, ignore_errors=True)
+    try: yield beside; os.replace(beside, final)
+    finally: shutil.rmtree(beside, ignore_errors=True)
+
 def write_folder(
     out: str | Path,  # as for `new_folder`
     fill: Callable,   # makes the folder that it is called with, and what is in it
 ) -> Path:            # `out`
-    "Make a folder whole or not at all; what a killed process has left beside it is deleted"
+    "`whole_folder` for a folder that the user names, under a lock"
     out = new_folder(out)
-    beside, lock = out.with_name(f'.{out.name}.partial'), out.with_name(f'.{out.name}.lock')
+    lock = out.with_name(f'.{out.name}.lock')
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
-            shutil.rmtree(beside, ignore_errors=True)
-            try: fill(beside); os.replace(beside, out)
-            finally: shutil.rmtree(beside, ignore_errors=True); lock.unlink(missing_ok=True)
+            try:
+                with whole_folder(out, f'.{out.name}.partial') as beside: fill(beside)
+            finally: lock.unlink(missing_ok=True)
     except Timeout as e: raise BadInput(f'out={str(out)!r} is being written by another process; wait for it, or give another folder.') from e
     except OSError as e: raise BadInput(f'out={str(out)!r} cannot be written ({e.strerror or e}); give another folder.') from e
     return out

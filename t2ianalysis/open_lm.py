@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StableLmConfig
 
 # %% ../nbs/13_open_lm.ipynb #0a73b43b
-from .data import BadInput, nearest, new_folder, read_json, write_atomic, write_folder
+from .data import BadInput, memory, nearest, new_folder, read_json, write_atomic, write_folder
 from .models import UNUSABLE, generator, load_config, load_text_tokenizer
 
 # %% ../nbs/13_open_lm.ipynb #73ec7d9e
@@ -402,16 +402,15 @@ def measure_conversion(
 ) -> dict:  # gigabytes (1e9 bytes), seconds
     "Time and peak memory (Linux) of the conversion of a random checkpoint."
     folder, code = Path(folder), ('import sys; from t2ianalysis.open_lm import convert_open_lm; convert_open_lm(sys.argv[1], sys.argv[2], progress=False);'
-                                  'print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))')
+                                  'from t2ianalysis.data import memory; print(memory("VmHWM"))')
     checkpoint, out, own, start = random_checkpoint(folder/'random.pt', values, DTYPES[dtype]), folder/'random', 0, time.time()
     child = subprocess.Popen([sys.executable, '-c', code, str(checkpoint), str(out)], stdout=subprocess.PIPE, text=True)
     while child.poll() is None:
-        found = re.search(r'RssAnon:\s*(\d+)', Path(f'/proc/{child.pid}/status').read_text())
-        own = max(own, int(found[1]) if found else 0)
+        own = max(own, memory('RssAnon', child.pid))
         time.sleep(0.02)
     seconds, files = time.time() - start, list(out.glob('*.safetensors'))
     record = dict(parameters=sum(math.prod(p.shape) for p in key_map(stablelm_config(values))), dtype=dtype, checkpoint_gb=checkpoint.stat().st_size / 1e9,
-                  written_gb=sum(f.stat().st_size for f in files) / 1e9, files=len(files), peak_gb=int(child.stdout.read()) * 1024 / 1e9, own_gb=own * 1024 / 1e9, seconds=seconds)
+                  written_gb=sum(f.stat().st_size for f in files) / 1e9, files=len(files), peak_gb=float(child.stdout.read()) * 2**20 / 1e9, own_gb=own * 2**20 / 1e9, seconds=seconds)
     shutil.rmtree(out)
     for f in (checkpoint, checkpoint.with_suffix('.json')): f.unlink()
     return record

@@ -33,8 +33,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/17_plan.ipynb #3efd5f6e
-from .compute import CHUNK, Scored, fast_cpu
-from .data import BadInput, cache_path, data_path, nearest, write_atomic
+from .compute import CHUNK, Scored, chunk_rows, fast_cpu
+from .data import BadInput, cache_path, data_path, memory, nearest, write_atomic
 from .models import UNUSABLE, freeze, load_config, load_text_tokenizer, parts, trainable_table, trains
 from .open_lm import CONFIGS, stablelm_config
 from .scale import store_bytes
@@ -260,7 +260,7 @@ def memory_lines(
     device: str = 'cpu',  # one of `CHUNK`
 ):  # function of (one of `VARIANTS`, number of sequences): as an item of `trace`
     "Memory of a part of a step as a function of its sequences."
-    full = max(2, -(-CHUNK[device] // (width * skeleton(config.lm, codes)[1].size)))  # as many fill a chunk of logits
+    full = max(2, -(-chunk_rows(skeleton(config.lm, codes)[1].size, device) // width))  # as many fill a chunk of logits
     ends = 1, full, full + 4
     found = trace(config, codes, width, tuple((n, variant) for variant in VARIANTS.values() for n in ends), device)
     points = {name: found[3 * i:3 * i + 3] for i, name in enumerate(VARIANTS)}
@@ -373,10 +373,9 @@ def _measure(changes, codes, width, sequences, parts):
     config = make_config(**changes)
     _train_parts(make_config('smoke', precision=config.precision), 8, 8, 1, 1)  # libraries take their own memory now
     gc.collect()
-    before = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    before = memory('VmRSS')
     with fast_cpu(): allocated = _train_parts(config, codes, width, sequences, parts)
-    most = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))  # of this process alone; `ru_maxrss` begins at its parent's
-    print(json.dumps(dict(allocated=allocated, resident=int(most) * 1024 - before)))
+    print(json.dumps(dict(allocated=allocated, resident=round((memory('VmHWM') - before) * 2**20))))  # of this process alone: `ru_maxrss` begins at its parent's
 
 def check_memory(
     changes: dict,  # what `make_config` takes, preset among it

@@ -296,7 +296,6 @@ class Sequences:
 
     def __len__(self): return len(self.store)
     def __getitem__(self, i) -> list[int]: return document(self.vocab, self.captions[i].tolist(), self.store.codes[i], self.length, self.layout)[0]
-    def without_caption(self, i) -> list[int]: return document(self.vocab, [], self.store.codes[i], self.length, self.layout)[0]
     def __repr__(self): return f'Sequences({len(self):,} documents, {self.layout}, at most {self.length} tokens, {self.shortened:,} captions shortened)'
 
     def _shown(self, numbers, captioned):

@@ -79,3 +79,17 @@ def text_tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=['<|endoftext|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(['a picture of a red fish', 'two blue fish and a red house'] * 5, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|endoftext|>', model_max_length=10**9)
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    "Train, but die just before the update of a step: stopped_at(5, config)"
+    from t2ianalysis import training
+    class Died(Exception): pass
+    real = training.lr_at
+    def train(step, config):
+        def mortal(c, s):
+            if s == step: raise Died
+            return real(c, s)
+        with monkeypatch.context() as m, pytest.raises(Died): m.setattr(training, 'lr_at', mortal); training.train(config)
+    return train

@@ -1,5 +1,8 @@
 "The loss in chunks, the row without padding and the faster products give what the plain ways give, and are refused where they would not."
 import copy
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -37,7 +40,9 @@ def gradients(loss, h, w):
 
 
 @pytest.fixture
-def chunk(monkeypatch): return lambda rows, v=301: monkeypatch.setitem(compute.CHUNK, 'cpu', rows * v)
+def chunk(monkeypatch):
+    monkeypatch.setattr(compute, 'LEAST', 1)
+    return lambda rows, v=301: monkeypatch.setitem(compute.CHUNK, 'cpu', rows * v)
 
 
 @pytest.mark.parametrize('n, rows, nothing', [(1, 1, []), (1, 8, []), (24, 8, [0, 7, 8, 23]), (25, 8, [24]), (25, 7, range(7, 14)), (25, 1000, []), (9, 2, range(9))])
@@ -387,3 +392,20 @@ def test_a_mask_of_the_architecture_is_refused():
     for more in (dict(position_bias=torch.zeros(1, 2, 3, 3)), dict(s_aux=torch.zeros(2)), dict(indices=torch.zeros(1, 3, 1)), dict(softcap=30.0)):
         with pytest.raises(ValueError, match='|'.join(more)): compute._attention(module, q, q, q, grid, **more)
     with pytest.raises(ValueError, match='a window or a mask'): compute._attention(module, q, q, q, None)
+
+
+def test_liger_computes_the_same(tmp_path):
+    "Its kernel, interpreted, in a process of its own, as Triton reads the environment when it is imported."
+    for name in ('triton', 'liger_kernel'): pytest.importorskip(name)
+    code = """
+import torch
+from t2ianalysis.compute import _by_liger, _in_chunks
+for n, d, v in ((10, 16, 50), (300, 8, 70)):
+    h, w, y = torch.randn(n, d), torch.randn(v, d), torch.randint(v, (n,))
+    y[3], y[5] = -100, -1
+    for need in ((True, True), (True, False), (False, True), (False, False)):
+        for a, b in zip(_by_liger(h, w, y, torch.float32, need), _in_chunks(h, w, y, torch.float32, need), strict=True):
+            assert (a is None) == (b is None) and (a is None or a.dtype == b.dtype and (a - b).abs().max() <= 1e-5 * b.abs().max()), (n, need)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ, TRITON_INTERPRET='1'))
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -293,16 +293,6 @@ def test_a_killed_finding(base, config, work):
 
 # Damaged
 
-def stopped(config, step, monkeypatch):
-    "A run that died just before the update of a step."
-    class Died(Exception): pass
-    real = training.lr_at
-    def mortal(c, s):
-        if s == step: raise Died
-        return real(c, s)
-    with monkeypatch.context() as m, pytest.raises(Died): m.setattr(training, 'lr_at', mortal); train(config)
-
-
 def flipped(raw): return raw[:200] + bytes([raw[200] ^ 1]) + raw[201:]
 def cut(raw): return raw[:len(raw) // 2]
 def gone(raw): return b''
@@ -310,15 +300,15 @@ def gone(raw): return b''
 
 @fault('a bit of `metrics.jsonl` flips, lines of it are lost, or the file is', 'the log is taken from the checkpoint, which holds a copy')
 @pytest.mark.parametrize('damage', [flipped, cut, gone])
-def test_a_damaged_log_is_that_of_the_checkpoint(config, work, whole, monkeypatch, damage):
-    stopped(config, 5, monkeypatch)
+def test_a_damaged_log_is_that_of_the_checkpoint(config, work, whole, stopped_at, damage):
+    stopped_at(5, config)
     for name in training.LOGS: (only(work)/name).write_bytes(damage((only(work)/name).read_bytes()))
     same(train(config), whole)
 
 
 @fault('every checkpoint is damaged', 'each is set aside and named; the run begins again')
-def test_all_checkpoints_damaged(config, work, whole, monkeypatch, capsys):
-    stopped(config, 5, monkeypatch)
+def test_all_checkpoints_damaged(config, work, whole, stopped_at, capsys):
+    stopped_at(5, config)
     for path, name in zip(sorted(only(work).glob('checkpoints/*')), ('optimizer.pt', 'metrics.jsonl'), strict=True): (path/name).write_bytes(cut((path/name).read_bytes()))
     same(train(config), whole)
     assert [f'checkpoint {step:08d} of' in out for out in [capsys.readouterr().out] for step in (2, 4)] == [True, True]
@@ -327,11 +317,11 @@ def test_all_checkpoints_damaged(config, work, whole, monkeypatch, capsys):
 # The machine
 
 @fault('the clock jumps a day ahead, then two days back', 'no number changes, no duration is negative; the newest checkpoint is the one of the highest step')
-def test_a_clock_that_jumps(config, work, whole, monkeypatch):
+def test_a_clock_that_jumps(config, work, whole, stopped_at, monkeypatch):
     ticks, real = itertools.count(), time.time
     jumping = lambda: real() + 86_400 * (0, 1, -1, -1)[next(ticks) % 4]
     for module in (time, tqdm.std): monkeypatch.setattr(module, 'time', jumping)
-    stopped(config, 5, monkeypatch)
+    stopped_at(5, config)
     for path in only(work).rglob('*'):
         if '00000004' in path.parts: os.utime(path, (0, 0))
     ensure_runs([config])                                                         # its bar asks the clock, the loop does not

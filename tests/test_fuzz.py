@@ -43,7 +43,7 @@ from safetensors.torch import save as safetensors
 
 from t2ianalysis import data, evaluation, generation, models, open_lm, report, scale, tokenizers, training, vqgan
 from t2ianalysis.alignment import Aligned
-from t2ianalysis.data import BadInput
+from t2ianalysis.data import BadInput, memory
 from t2ianalysis.sequences import Vocab
 from t2ianalysis.sweeps import parse_parameters
 
@@ -211,7 +211,7 @@ def finding():
     verdict = dict(claim='A < B', paper='lower', ours='-0.2', effect=-.2, low='nan', high='nan', n=1, margin=0., verdict='holds', unit='nats', region=['-inf', 0.])
     verdict['verdict'] = report.HOLDS
     record = dict(finding='other', preset='smoke', title='A finding', figures={'gap': 'What it shows.'}, verdicts=[verdict], runs=['r1'], date='2026-01-01', environment={'torch': '2'})
-    figures = {'gap.png': picture(dpi=(160, 160)), 'gap.svg': b'<svg/>', 'gap.csv': b'a\n1\n', 'other.json': json.dumps(record).encode()}
+    figures = {'gap.svg': b'<svg width="90pt" height="60pt"></svg>', 'gap.csv': b'a\n1\n', 'other.json': json.dumps(record).encode()}
     return {f'figures/smoke/{name}': content for name, content in figures.items()} | {f'runs/r1/{name}': content for name, content in RUN.items()}
 
 
@@ -291,7 +291,7 @@ def read_parts(folder):
 
 def read_weights(names):
     fill(Path('case'), {f'{folder}/{name}/{file}': b'' for folder in ('weights', 'checkpoints') for name in names for file in ('a', 'b')})
-    assert training.find_checkpoint(Path('case')) is None
+    assert training.find_checkpoint(Path('case')) == (None, 0, 0)
     assert all(path.is_dir() and path.name.isascii() for path in training.kept('case').values())
 
 
@@ -502,7 +502,6 @@ def drop_bombs(place):
     return out
 
 
-def memory(field): return next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(field)) / 1024
 
 
 def fill(folder, files):

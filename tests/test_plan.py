@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BloomConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, MistralConfig, PhiConfig, StableLmConfig
 
-from t2ianalysis import cli
+from t2ianalysis import cli, compute
 from t2ianalysis.compute import CHUNK, Scored
 from t2ianalysis.data import BadInput
 from t2ianalysis.models import RULES
@@ -79,7 +79,7 @@ def test_flops_are_those_of_pytorchs_counter(lm, rule):
 
 def test_bytes_of_a_step_add_up(lm, monkeypatch):
     n, rows = sum(p.numel() for p in skeleton(lm, 64)[0].parameters()), 1024 + 7 + 64
-    monkeypatch.setitem(CHUNK, 'cpu', 40 * rows)                                            # logits of 40 tokens at a time
+    monkeypatch.setattr(compute, 'LEAST', 1); monkeypatch.setitem(CHUNK, 'cpu', 40 * rows)                                            # logits of 40 tokens at a time
     config = make_config('smoke', lm=lm)
     whole, double, light = trace(config, 64, 41, ((4, False), (8, False), (4, True)))
     for t in (whole, double, light): assert (t['weights'], t['gradients'], t['optimizer']) == pytest.approx((4 * n, 4 * n, 8 * n), rel=1e-3)
@@ -93,7 +93,7 @@ def test_bytes_of_a_step_add_up(lm, monkeypatch):
 
 
 def test_memory_bends_where_a_chunk_is_full(lm, monkeypatch):
-    monkeypatch.setitem(CHUNK, 'cpu', 8 * 41 * (1024 + 7 + 64))
+    monkeypatch.setattr(compute, 'LEAST', 1); monkeypatch.setitem(CHUNK, 'cpu', 8 * 41 * (1024 + 7 + 64))
     config = make_config('smoke', lm=lm)
     line, found = memory_lines(config, 64, 41), {n: trace(config, 64, 41, ((n, False),))[0] for n in (1, 3, 8, 20, 100)}
     for n, t in found.items(): assert line('as it trains', n)['more'] == pytest.approx(t['more'], rel=0.03)

@@ -182,23 +182,13 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(work, config, monkeypatch)
     monkeypatch.setattr(training.Scored, 'forward', broken)
     with pytest.raises(Diverged, match='not a number at step 8 of .* try a lower lr'): train(config)
     folder, = (work/'runs').glob('*-s0-*')
-    assert not (folder/'done.json').exists() and training.find_checkpoint(folder).name == '00000006'
-    assert all(torch.isfinite(p).all() for p in load_lm(str(training.find_checkpoint(folder))).parameters())
-
-
-def stopped_at(step, config, monkeypatch):
-    "Train, but die just before the update of a step."
-    class Died(Exception): pass
-    real = training.lr_at
-    def mortal(c, s):
-        if s == step: raise Died
-        return real(c, s)
-    with monkeypatch.context() as m, pytest.raises(Died): m.setattr(training, 'lr_at', mortal); train(config)
+    assert not (folder/'done.json').exists() and training.find_checkpoint(folder)[0].name == '00000006'
+    assert all(torch.isfinite(p).all() for p in load_lm(str(training.find_checkpoint(folder)[0])).parameters())
 
 
 @pytest.mark.fault('death before the first checkpoint', 'the run begins again, to the same record')
-def test_a_death_before_the_first_checkpoint_leaves_no_trace(work, config, monkeypatch):
-    stopped_at(2, config, monkeypatch)
+def test_a_death_before_the_first_checkpoint_leaves_no_trace(work, config, stopped_at):
+    stopped_at(2, config)
     folder, = (work/'runs').glob('*-s0-*')
     assert len(metrics(folder).splitlines()) == 3
     again = metrics(train(config))
@@ -208,20 +198,20 @@ def test_a_death_before_the_first_checkpoint_leaves_no_trace(work, config, monke
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.pt', 'state.json'])
 @pytest.mark.fault('a file of a checkpoint is damaged', 'it is said and set aside; the run goes on from the one before')
-def test_a_damaged_checkpoint_is_set_aside(work, config, monkeypatch, capsys, name):
-    stopped_at(8, config, monkeypatch)
+def test_a_damaged_checkpoint_is_set_aside(work, config, stopped_at, capsys, name):
+    stopped_at(8, config)
     folder, = (work/'runs').glob('*-s0-*')
     file = folder/'checkpoints'/'00000006'/name
     raw = bytearray(file.read_bytes()); raw[len(raw) // 2] ^= 255; file.write_bytes(raw)
-    assert training.find_checkpoint(folder).name == '00000003' and 'damaged' in capsys.readouterr().out
+    assert training.find_checkpoint(folder)[0].name == '00000003' and 'damaged' in capsys.readouterr().out
     damaged = metrics(train(config))
     (folder/'done.json').unlink(); (folder/'metrics.jsonl').unlink()
     assert damaged == metrics(train(config))
 
 
 @pytest.mark.fault('no room for a checkpoint', 'one sentence; the last good checkpoint is kept, and with room again the run goes on')
-def test_a_full_disk_keeps_the_last_checkpoint(work, config, monkeypatch):
-    stopped_at(5, config, monkeypatch)
+def test_a_full_disk_keeps_the_last_checkpoint(work, config, stopped_at):
+    stopped_at(5, config)
     folder, = (work/'runs').glob('*-s0-*')
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))              # no file may grow beyond 200 kB: the weights do not fit
