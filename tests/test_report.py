@@ -1,7 +1,9 @@
 "The report: every verdict, every link, nothing from outside, nothing from another preset."
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from bs4 import BeautifulSoup
 from t2ianalysis.analysis import advantage, gone, lower, no_difference, planted_runs, verdict_table
 from t2ianalysis.data import BadInput, work_path
 from t2ianalysis.plots import gap_figure, save_figure, verdict_figure
-from t2ianalysis.report import load_findings, record, verdicts_of_all, write_report
+from t2ianalysis.report import latex_cell, latex_table, load_findings, record, verdicts_of_all, write_latex, write_report
 from t2ianalysis.training import PRESETS
 
 HOSTILE = '</figcaption><script src="http://evil.example/x.js"></script><img src=x onerror=alert(1)> & "quoted"'
@@ -45,7 +47,7 @@ def drawn(verdicts, tmp_path_factory):
 def recorded(verdicts, drawn):
     "Two findings at preset smoke, recorded in the wrong order, from three runs of which one is not there."
     shutil.copytree(drawn, work_path('figures'))
-    write_run('planted-0', init='random', lr=5e-4); write_run('planted-1')
+    write_run('planted-0', init='random', lr=5e-4, data='x' * 90); write_run('planted-1')
     record('other', 'smoke', 'Another finding', {'other_gap': HOSTILE}, verdicts[:1], ['planted-1', 'planted-9'])
     return record('loss_breakdown', 'smoke', 'The first <finding>', {'loss_breakdown_verdict': 'Claims with their intervals.'}, verdicts, np.array(['planted-0', 'planted-1', 'planted-0']))
 
@@ -92,7 +94,7 @@ def test_every_link_leads_somewhere_and_every_verdict_to_its_runs(page):
         assert all(page.find(id=a['href'][1:]).name == 'tr' for a in named.find_all('a'))
     text = {row['id']: row.get_text(' ', strip=True) for row in page.find(id='runs').find_all('tr', id=True)}
     assert list(text) == ['run-planted-0', 'run-planted-1', 'run-planted-9']
-    assert 'init=random, lr=0.0005' in text['run-planted-0'] and 'total 3.125' in text['run-planted-0'] and ' 99 ' in text['run-planted-0']
+    assert 'init=random' in text['run-planted-0'] and 'lr=0.0005' in text['run-planted-0'] and 'total 3.125' in text['run-planted-0'] and ' 99 ' in text['run-planted-0']
     assert 'nothing' in text['run-planted-1'] and 'not on this machine' in text['run-planted-9']
 
 
@@ -126,7 +128,64 @@ def test_what_is_missing_is_named(recorded, verdicts):
         with pytest.raises(BadInput, match=words): record(*args, verdicts, [])
     with pytest.raises(BadInput, match='t2i finding context --preset smoke'): load_findings('smoke', ['context'])
     with pytest.raises(BadInput, match='no finding has a record at preset gpu'): write_report('gpu')
-    work_path('figures', 'smoke', 'other_gap.png').unlink()
-    with pytest.raises(BadInput, match='other_gap.png is missing'): write_report('smoke')
+    work_path('figures', 'smoke', 'other_gap.svg').unlink()
+    with pytest.raises(BadInput, match='other_gap.svg is missing'): write_report('smoke')
     recorded.write_text('{"finding": "loss_breakdown"')
     with pytest.raises(BadInput, match='loss_breakdown.json of smoke cannot be read'): load_findings('smoke')
+
+
+# In a browser
+
+@pytest.fixture(scope='module')
+def browser():
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not chromium: pytest.skip('no chromium on this machine')
+    with sync_api.sync_playwright() as p:
+        yield (made := p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']))
+        made.close()
+
+
+@pytest.mark.parametrize('look', [dict(), dict(color_scheme='dark'), dict(viewport=dict(width=390, height=844), is_mobile=True)], ids=['light', 'dark', 'phone'])
+def test_the_page_is_whole_in_a_browser(look, recorded, browser):
+    path, context = write_report('smoke'), browser.new_context(**look)
+    page, said, asked = context.new_page(), [], []
+    page.on('console', lambda message: said.append(message.text)); page.on('pageerror', lambda error: said.append(str(error)))
+    page.on('request', lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    assert said == [] and [url for url in asked if not url.startswith('data:')] == [path.as_uri()]
+    assert page.evaluate('[...document.images].filter(i => !i.naturalWidth || !i.alt).length') == 0
+    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth') and page.evaluate('innerWidth') == look.get('viewport', dict(width=1280))['width']
+    assert page.evaluate("[...document.querySelectorAll('td, li, p')].filter(e => e.scrollWidth > e.clientWidth + 1).length") == 0  # no word leaves its cell
+    light = sum(map(int, re.findall(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[:3])) / 3
+    assert light < 60 if 'color_scheme' in look else light > 200
+    page.emulate_media(media='print', color_scheme='dark')
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == 'rgb(255, 255, 255)' and not page.locator('nav').is_visible()
+    context.close()
+
+
+# LaTeX
+
+@pytest.mark.parametrize('text, latex', [
+    ('50% & more_or less', r'50\% \& more\_\allowbreak{}or less'), ('"a" and "b"', "``a'' and ``b''"), ('from -0.5 to +1, 3-4, x-1', 'from $-$0.5 to +1, 3-4, x-1'), ('a < b > c ± 1', r'a $<$ b $>$ c $\pm$ 1'),
+    (r'\input{/etc/passwd} $x^2$ ~#', r'\textbackslash{}input\{/etc/passwd\} \$x\textasciicircum{}2\$ \textasciitilde{}\#'), ('[0.1] x', '{}[0.1] x'), ('日本 é\n\n\x00', '?? é ?')])
+def test_what_latex_would_read_as_a_command_is_escaped(text, latex): assert latex_cell(text) == latex
+
+
+def test_the_latex_table_has_every_verdict_and_compiles(recorded, verdicts, tmp_path):
+    record('other', 'smoke', 'Hostile', {}, [dataclasses.replace(verdicts[0], claim=r'100% \end{longtable} & #1 $ ~ ^ _ { } < "', paper='[x] ± 1 ≤ 2 → ∞')], [])
+    table = write_latex('smoke').read_text(encoding='utf-8')
+    body = table.split(r'\endlastfoot')[1].split(r'\bottomrule')[0].split(r'\end{longtable}')[0]
+    rows = [re.split(r'(?<!\\) & ', line) for line in body.strip().splitlines()]
+    assert [len(row) for row in rows] == [5] * 4 and [row[0] for row in rows] == [r'loss\_\allowbreak{}breakdown', '', '', 'other']
+    assert [row[4].removesuffix(r' \\') for row in rows] == [v.verdict for v in (*verdicts, verdicts[0])]
+    for rule in (r'\toprule', r'\midrule', r'\bottomrule', r'\label{tab:verdicts-smoke}'): assert rule in table
+    if not shutil.which('pdflatex') or subprocess.run(['kpsewhich', 'booktabs.sty'], capture_output=True).returncode: return
+    (tmp_path/'t.tex').write_text(rf'\documentclass{{article}}\usepackage{{array,booktabs,longtable}}\begin{{document}}\input{{{work_path("figures", "smoke", "verdicts.tex")}}}\end{{document}}')
+    done = subprocess.run(['pdflatex', '-interaction=nonstopmode', '-halt-on-error', '-no-shell-escape', 't.tex'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path/'t.pdf').stat().st_size > 5000, done.stdout[-2000:]
+
+
+def test_the_committed_table_is_that_of_the_committed_records(monkeypatch):
+    monkeypatch.delenv('T2I_WORK')
+    assert work_path('figures', 'laptop', 'verdicts.tex').read_text(encoding='utf-8') == latex_table('laptop')
