@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PRESET ?= laptop
 
-.PHONY: setup reproduce test lab prepare clean
+.PHONY: setup reproduce test docs lab prepare clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -22,7 +22,10 @@ reproduce: setup  ## the paper's findings at preset laptop: figures, verdicts, e
 
 test: setup       ## everything that CI runs
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+docs: setup       ## the website of the notebooks, in _docs/; `t2i docs --serve` shows it
+	$(BIN)/t2i docs
 
 lab: setup        ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
@@ -38,4 +41,4 @@ README.md: nbs/index.ipynb
 	mv $@.new $@
 
 clean:            ## forget everything that can be made again
-	rm -rf runs stores dist build *.egg-info
+	rm -rf runs stores dist build _docs *.egg-info
