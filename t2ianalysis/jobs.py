@@ -354,7 +354,8 @@ def table_of(
 class Screen:
     "On a terminal a table that is redrawn in place; anywhere else a line for each change."
     def __init__(self, stream=None):
-        self.console, self.before = Console(file=stream or sys.stdout, highlight=False, force_jupyter=False), {}
+        stream = stream or sys.stdout
+        self.console, self.before = Console(file=stream, highlight=False, force_jupyter=False, force_terminal=stream.isatty()), {}  # a pipe is none, even with FORCE_COLOR
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self):

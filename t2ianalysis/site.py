@@ -162,7 +162,7 @@ def _mathml(found: re.Match) -> str:
 
 _MATHS = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 _LINK = re.compile(r'(<(?:a|img)\b[^>]*?\s(?:href|src)=")([^"]*)(")')
-_REMOTE = re.compile(r'<img\b[^>]*\ssrc="https?:[^>]*>')
+_REMOTE = re.compile(r'<a\b[^>]*><img\b[^>]*\ssrc="https?:[^>]*></a>|<img\b[^>]*\ssrc="https?:[^>]*>')  # a badge, with its link
 _COMMAND = re.compile(r'<a href="[^"]*(?:\bcli\.html#\w+|\.html#_\w+)"><code>([^<]+)</code></a>')
 
 # %% ../nbs/21_site.ipynb #36cf1070
