@@ -486,6 +486,7 @@ def publish(
     data = training_licences(painter.config, content, data_licence), data_licence
     def fill(beside):
         painter.model.save_pretrained(beside); painter.text.save_pretrained(beside)
+        for weights in beside.glob('*.safetensors'): weights.chmod(0o644)         # safetensors lets nobody else read them
         layout = layout_of(painter, widen_tokenizer(beside, painter.vocab), 'image_tokenizer' if copied else public_name(image))
         s = layout['specials']
         GenerationConfig(bos_token_id=s['<doc>'], eos_token_id=s['</doc>'], pad_token_id=s['<pad>']).save_pretrained(beside)
