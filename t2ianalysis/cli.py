@@ -608,4 +608,6 @@ def main():
     if os.environ.get('_T2I_COMPLETE') == 'complete_bash': _bash_words()
     words, status = _attempt()
     if words: print(f't2i: {words}', file=sys.stderr)
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what could not be written is not tried again at the exit
     sys.exit(status)

@@ -172,7 +172,7 @@ def test_bash_completes(tmp_path):
 # Streams, and how a command ends
 
 def test_streams_that_close_or_know_few_characters():
-    shell = lambda line, **env: subprocess.run(['bash', '-c', f'set -o pipefail; {line}'], env=dict(os.environ, T2I=tool, **env), capture_output=True, text=True)
+    shell = lambda line, **env: subprocess.run(['bash', '-c', f'set -o pipefail; {line}'], env=dict(os.environ, T2I=tool, PYTHONUNBUFFERED='', **env), capture_output=True, text=True)
     done = shell('"$T2I" train --fields | true')
     assert done.stderr == '' and done.returncode in (0, 1)
     assert (shell('"$T2I" train --fields >&-').returncode, shell('"$T2I" train --fields 2>&- | head -1').stderr) == (0, '')
