@@ -1,5 +1,7 @@
 "What the tests share: a place for results of their own, and tiny random models."
 import os
+import shutil
+import sys
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read when the hub's library is imported
 
@@ -93,3 +95,27 @@ def stopped_at(monkeypatch):
             return real(c, s)
         with monkeypatch.context() as m, pytest.raises(Died): m.setattr(training, 'lr_at', mortal); training.train(config)
     return train
+
+
+@pytest.fixture
+def t2i(monkeypatch):
+    "Run `t2i` in this process: t2i('train', '--preset', 'smoke') is its exit status"
+    from t2ianalysis import cli
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['t2i', *map(str, arguments)])
+        with pytest.raises(SystemExit) as e: cli.main()
+        return e.value.code
+    return run
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "A headless Chromium; its event loop belongs to one file of tests"
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not chromium: pytest.skip('no chromium on this machine')
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+    with sync_api.sync_playwright() as p:
+        made = p.chromium.launch(executable_path=chromium, args=quiet)
+        yield made
+        made.close()

@@ -23,13 +23,6 @@ from t2ianalysis.sweeps import run_notebook
 tool = str(Path(sys.executable).parent/'t2i')
 
 
-def t2i(*arguments, monkeypatch):
-    "Run `t2i` in this process; its exit status."
-    monkeypatch.setattr(sys, 'argv', ['t2i', *arguments])
-    with pytest.raises(SystemExit) as e: cli.main()
-    return e.value.code
-
-
 @pytest.mark.parametrize('arguments, words', [
     (['train', '--preset', 'labtop'], "preset='labtop' is unknown"), (['train', '--preset', 'smoke', '-p', 'stepz=3'], "Did you mean 'steps'?"),
     (['train', '--preset', 'smoke', '-p', 'steps=-3'], 'steps=-3 must be above zero'), (['train', '--preset', 'smoke', '-p', 'batch=0'], 'batch=0 must be above zero'),
@@ -40,8 +33,8 @@ def t2i(*arguments, monkeypatch):
     (['generate', 'no-such-run', 'a fish', '--top-k', '0'], 'top_k=0'),
     (['data', './nowhere'], 'nowhere'), (['tokenize', '--image-tokenizer', './nowhere'], 'nowhere'), (['tokenize', '--px', '60'], '60'), (['data', '--split', 'test'], 'split'),
 ])
-def test_a_mistake_is_one_sentence_and_status_2(arguments, words, monkeypatch, capsys):
-    assert t2i(*arguments, monkeypatch=monkeypatch) == 2
+def test_a_mistake_is_one_sentence_and_status_2(arguments, words, t2i, capsys):
+    assert t2i(*arguments) == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith('t2i: ') and 'Traceback' not in err and err.count('\n') == 1
 
@@ -54,9 +47,9 @@ def test_a_mistake_is_one_sentence_and_status_2(arguments, words, monkeypatch, c
     (['generate'], 't2i generate lacks RUN (id or folder of a run'), (['generate', 'run'], 't2i generate lacks PROMPT'), (['evaluate', 'text', 'run', '--step', 'x'], "step='x' is not a whole number"),
     (['data', '--split', 'valid'], "split='valid' is unknown; give one of train, validation, all. Did you mean 'validation'?"), (['benchmark', '--preset', 'paper'], 'give one of smoke, laptop, gpu.'),
 ])
-def test_a_mistake_on_the_command_line_too_and_at_once(arguments, words, monkeypatch, capsys):
+def test_a_mistake_on_the_command_line_too_and_at_once(arguments, words, t2i, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 't2ianalysis.data', None)                   # nothing heavy is asked
-    assert t2i(*arguments, monkeypatch=monkeypatch) == 2
+    assert t2i(*arguments) == 2
     out, err = capsys.readouterr()
     assert words in err and err.startswith('t2i: ') and err.count('\n') == 1 and not out
 
@@ -65,9 +58,9 @@ def test_a_mistake_on_the_command_line_too_and_at_once(arguments, words, monkeyp
     (['loss_breakdown', '-p', 'preset=labtop'], "Did you mean 'laptop'?"), (['loss_breakdown', '-p', 'steps=-3'], 'steps=-3 must be above zero'), (['loss_breakdown', '-p', 'lr=fast'], "lr='fast' is of type str"),
     (['token_alignment', '-p', 'batch=2.5'], 'batch=2.5 is of type float'), (['train', '-p', 'init=[pretrained,rnd]'], 'init='), (['loss_breakdown', '-p', 'length=9'], 'length=9 is unknown to loss_breakdown'),
 ])
-def test_a_finding_refuses_before_a_kernel_starts(arguments, words, monkeypatch, capsys):
+def test_a_finding_refuses_before_a_kernel_starts(arguments, words, t2i, monkeypatch, capsys):
     monkeypatch.setattr('papermill.execute_notebook', lambda *a, **kw: pytest.fail('a kernel was started'))
-    assert t2i('finding', *arguments, monkeypatch=monkeypatch) == 2
+    assert t2i('finding', *arguments) == 2
     assert words in capsys.readouterr().err and not work_path('runs').exists()
 
 
@@ -119,11 +112,11 @@ def test_what_is_read_from_source_is_what_is_there(monkeypatch):
             assert cli._places() == (home(), work_path())
 
 
-def test_fields_are_listed(monkeypatch, capsys):
-    assert t2i('train', '--fields', monkeypatch=monkeypatch) == 0
+def test_fields_are_listed(t2i, capsys):
+    assert t2i('train', '--fields') == 0
     out = capsys.readouterr().out
     assert all(re.search(rf'^{f.name} ', out, re.M) for f in dataclasses.fields(training.Config)) and max(map(len, out.splitlines())) <= 80
-    assert t2i('finding', 'token_histogram', '--fields', '--json', monkeypatch=monkeypatch) == 0
+    assert t2i('finding', 'token_histogram', '--fields', '--json') == 0
     assert json.loads(capsys.readouterr().out)['fields']['null_codes'] == dict(default=16_384, comment='its codes')
 
 
@@ -183,17 +176,17 @@ def test_streams_that_close_or_know_few_characters():
     assert done.stdout == 'na\\xefve \\u65e5\\u672c\n'
 
 
-def test_ctrl_c_is_one_sentence_and_130(monkeypatch, capsys):
+def test_ctrl_c_is_one_sentence_and_130(t2i, monkeypatch, capsys):
     def stop(*_): raise KeyboardInterrupt
     monkeypatch.setattr(cli, '_list_fields', stop)
-    assert t2i('train', '--fields', monkeypatch=monkeypatch) == 130
+    assert t2i('train', '--fields') == 130
     assert capsys.readouterr().err == 't2i: stopped; the same command goes on from what is whole.\n'
 
 
-def test_a_notebook_that_fails_is_a_sentence_and_status_1(monkeypatch, capsys):
+def test_a_notebook_that_fails_is_a_sentence_and_status_1(t2i, monkeypatch, capsys):
     def fail(*_, **__): raise RuntimeError('ValueError: no (the notebook with the error marked: x.failed.ipynb)')
     monkeypatch.setattr('t2ianalysis.sweeps.run_notebook', fail)
-    assert t2i('finding', 'context', '--json', monkeypatch=monkeypatch) == 1
+    assert t2i('finding', 'context', '--json') == 1
     assert capsys.readouterr() == ('', 't2i: ValueError: no (the notebook with the error marked: x.failed.ipynb)\n')
 
 
@@ -204,8 +197,8 @@ def test_our_own_fault_asks_for_a_report(monkeypatch):
     assert 'please report' in e.value.__notes__[0]
 
 
-def test_version(monkeypatch, capsys):
-    assert t2i('--version', monkeypatch=monkeypatch) == 0
+def test_version(t2i, capsys):
+    assert t2i('--version') == 0
     assert re.match(r't2i \d+\.\d+\.\d+ \(Python 3', capsys.readouterr().out)
 
 
@@ -230,9 +223,9 @@ def test_an_answer_with_a_status_is_told_and_kept():
     assert (plain.exit_code, plain.stdout, plain.stderr) == (1, 'two are broken\n', '') and check()[1] == 1
 
 
-def test_json_is_one_object_with_the_keys_that_the_help_names(pairs_folder, vq_folder, tmp_path, monkeypatch, capsys):
+def test_json_is_one_object_with_the_keys_that_the_help_names(pairs_folder, vq_folder, tmp_path, t2i, capsys):
     def ask(*arguments, status=0):
-        assert t2i(*arguments, '--json', monkeypatch=monkeypatch) == status
+        assert t2i(*arguments, '--json') == status
         out, err = capsys.readouterr()
         return (json.loads(out) if out else None), err
     made, words = ask('data', str(pairs_folder), '--split', 'all', '--px', '16')
@@ -252,18 +245,18 @@ def test_json_is_one_object_with_the_keys_that_the_help_names(pairs_folder, vq_f
     assert set(made) == keys_told('generate') and made['sampling']['top_k'] is None and Image.open(made['out']).width >= 32
 
 
-def test_data_and_tokenize(tmp_path, monkeypatch, capsys):
+def test_data_and_tokenize(tmp_path, t2i, capsys):
     folder = tmp_path/'pairs'; folder.mkdir()
     for i in range(6):
         Image.new('RGB', (70, 64), (40 * i, 90, 200)).save(folder/f'{i}.png'); (folder/f'{i}.txt').write_text(f'a square of blue number {i}')
     (folder/'6.png').write_bytes(b'no image'); (folder/'6.txt').write_text('a broken file')
-    assert t2i('data', str(folder), '--split', 'all', '--sheet', str(tmp_path/'sheet.png'), monkeypatch=monkeypatch) == 0
+    assert t2i('data', str(folder), '--split', 'all', '--sheet', str(tmp_path/'sheet.png')) == 0
     assert '6 pairs kept; 1 undecodable images' in capsys.readouterr().out and Image.open(tmp_path/'sheet.png').width > 100
-    assert t2i('tokenize', str(folder), '--split', 'all', monkeypatch=monkeypatch) == 0
+    assert t2i('tokenize', str(folder), '--split', 'all') == 0
     assert '6 pairs of 8x8 codes' in capsys.readouterr().out
 
 
-def test_a_finding_end_to_end(tmp_path_factory, monkeypatch, capsys):
+def test_a_finding_end_to_end(tmp_path_factory, t2i, monkeypatch, capsys):
     "The first finding at preset smoke as a user runs it: figures, verdicts, the executed notebook; the second time nothing is trained, and a program is told."
     work = tmp_path_factory.mktemp('finding')
     command = [tool, 'finding', 'loss_breakdown', '--preset', 'smoke', '-p', 'seeds=2']
@@ -273,7 +266,7 @@ def test_a_finding_end_to_end(tmp_path_factory, monkeypatch, capsys):
     made = json.loads(second.stdout)
     assert set(made) == keys_told('finding') and made['preset'] == 'smoke' and len(made['verdicts']) > 3 and made['verdicts'][0]['claim'] in second.stderr
     monkeypatch.setenv('T2I_WORK', str(work))
-    assert t2i('report', '--preset', 'smoke', '--json', monkeypatch=monkeypatch) == 0
+    assert t2i('report', '--preset', 'smoke', '--json') == 0
     told = json.loads(capsys.readouterr().out)
     assert set(told) == keys_told('report') and [v['claim'] for v in told['verdicts']] == [v['claim'] for v in made['verdicts']] and sum(told['counts'].values()) == len(told['verdicts'])
     assert 'Image loss does not differ' in first.stdout
@@ -284,9 +277,9 @@ def test_a_finding_end_to_end(tmp_path_factory, monkeypatch, capsys):
     assert sorted((r['init'], r['seed']) for r in records) == [('pretrained', 0), ('pretrained', 1), ('random', 0), ('random', 1)]
 
 
-def test_a_mistake_inside_a_finding_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_a_mistake_inside_a_finding_leaves_nothing(tmp_path, t2i, monkeypatch, capsys):
     monkeypatch.setenv('T2I_WORK', str(tmp_path))
-    assert t2i('finding', 'loss_breakdown', '--preset', 'smoke', '-p', 'random_init=randon', monkeypatch=monkeypatch) == 2
+    assert t2i('finding', 'loss_breakdown', '--preset', 'smoke', '-p', 'random_init=randon') == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("t2i: init='randon' is unknown") and not any('Traceback' in line for line in err) and not list((tmp_path/'runs').iterdir())
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from t2ianalysis import cli
 from t2ianalysis import evaluation as ev
 from t2ianalysis.data import BadInput, load_captions
 from t2ianalysis.forgetting import Question, credits, token_nats
@@ -352,19 +351,13 @@ def test_of_several_candidates_the_best_is_taken(run):
     assert np.array_equal(best, painter.decode(codes)) and best.shape == (2, 16, 16, 3)
 
 
-def t2i(*arguments, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['t2i', 'evaluate', *arguments])
-    with pytest.raises(SystemExit) as e: cli.main()
-    return e.value.code
-
-
-def test_the_commands(run, coco, monkeypatch, capsys):
+def test_the_commands(run, coco, t2i, monkeypatch, capsys):
     few(monkeypatch)
-    assert t2i('text', run, '--step', '8', '-t', 'facts', '--name', 'quick', monkeypatch=monkeypatch) == 0
+    assert t2i('evaluate', 'text', run, '--step', '8', '-t', 'facts', '--name', 'quick') == 0
     out = capsys.readouterr().out
     assert out.count('facts') == 4 and 'joint' in out and 'acc_token' in out and out.rstrip().endswith('evaluations/quick.json')
     for arguments, words in ((['text', 'bundeld'], "Did you mean 'bundled'"), (['text', run, '--step', '3'], 'there are 0, 2, 8'), (['fid', run], 'give its path; or use'), (['fid', 'bundled', '--backbone', 'efficientnet-lite0'], 'draws no images'),
                              (['fid', run, '--backbone', 'efficientnet-lite0', '--captions', 'coco-2014-val', '--count', '100'], '1,280 features'), (['fid', run, '--inception', 'x.pth'], 'x.pth is not there')):
-        assert t2i(*arguments, monkeypatch=monkeypatch) == 2
+        assert t2i('evaluate', *arguments) == 2
         err = capsys.readouterr().err
         assert words in err and 'Traceback' not in err

@@ -325,28 +325,24 @@ patch_widget(Patches(TokenStore({str(store.folder)!r}), load_image_tokenizer({st
 
 
 @has_widgets
-@pytest.mark.skipif(not Path('/usr/bin/chromium').exists() or not find_spec('playwright') or not find_spec('jupyterlab'), reason='the click needs /usr/bin/chromium, playwright and jupyterlab')
-def test_a_click_in_jupyterlab_shows_the_code_that_was_clicked(lab, store):
-    from playwright.sync_api import sync_playwright
-    flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+@pytest.mark.skipif(not find_spec('jupyterlab'), reason='the click needs jupyterlab')
+def test_a_click_in_jupyterlab_shows_the_code_that_was_clicked(browser, lab, store):
     row, column = next((int(i) // 4, int(i) % 4) for i in np.flatnonzero(np.asarray(store.codes[0]) != store.codes[0, 0]))
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path='/usr/bin/chromium', args=flags)
-        page, wrong = browser.new_page(), []
-        page.set_default_timeout(150_000)                                         # the kernel imports torch, transformers and diffusers
-        page.on('pageerror', lambda e: wrong.append(str(e)))
-        page.goto(lab)
-        page.locator('.jp-CodeCell .cm-content').first.click()
-        page.keyboard.press('Shift+Enter')
-        page.locator('.t2i .code, .jp-OutputArea-output [data-mime-type*=error], .jp-OutputArea-output[data-mime-type*=stderr]').first.wait_for()
-        assert page.locator('.t2i .code').count(), page.locator('.jp-OutputArea').first.inner_text()
-        code = page.locator('.t2i .code')
-        assert code.inner_text() == str(store.codes[0, 0])
-        image = page.locator('.t2i .pic img').first
-        side = image.bounding_box()['width'] / 4
-        image.click(position=dict(x=(column + .5) * side, y=(row + .5) * side))
-        page.wait_for_function('code => document.querySelector(".t2i .code").textContent === code', arg=str(store.codes[0, row * 4 + column]))
-        page.keyboard.press('ArrowRight' if column < 3 else 'ArrowLeft')          # the picture has the focus: the keys move, JupyterLab does not
-        page.wait_for_function('code => document.querySelector(".t2i .code").textContent === code', arg=str(store.codes[0, row * 4 + (column + 1 if column < 3 else 2)]))
-        assert not wrong
-        browser.close()
+    page, wrong = browser.new_page(), []
+    page.set_default_timeout(150_000)                                         # the kernel imports torch, transformers and diffusers
+    page.on('pageerror', lambda e: wrong.append(str(e)))
+    page.goto(lab)
+    page.locator('.jp-CodeCell .cm-content').first.click()
+    page.keyboard.press('Shift+Enter')
+    page.locator('.t2i .code, .jp-OutputArea-output [data-mime-type*=error], .jp-OutputArea-output[data-mime-type*=stderr]').first.wait_for()
+    assert page.locator('.t2i .code').count(), page.locator('.jp-OutputArea').first.inner_text()
+    code = page.locator('.t2i .code')
+    assert code.inner_text() == str(store.codes[0, 0])
+    image = page.locator('.t2i .pic img').first
+    side = image.bounding_box()['width'] / 4
+    image.click(position=dict(x=(column + .5) * side, y=(row + .5) * side))
+    page.wait_for_function('code => document.querySelector(".t2i .code").textContent === code', arg=str(store.codes[0, row * 4 + column]))
+    page.keyboard.press('ArrowRight' if column < 3 else 'ArrowLeft')          # the picture has the focus: the keys move, JupyterLab does not
+    page.wait_for_function('code => document.querySelector(".t2i .code").textContent === code', arg=str(store.codes[0, row * 4 + (column + 1 if column < 3 else 2)]))
+    assert not wrong
+    page.close()

@@ -136,16 +136,6 @@ def test_what_is_missing_is_named(recorded, verdicts):
 
 # In a browser
 
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if not chromium: pytest.skip('no chromium on this machine')
-    with sync_api.sync_playwright() as p:
-        yield (made := p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']))
-        made.close()
-
-
 @pytest.mark.parametrize('look', [dict(), dict(color_scheme='dark'), dict(viewport=dict(width=390, height=844), is_mobile=True)], ids=['light', 'dark', 'phone'])
 def test_the_page_is_whole_in_a_browser(look, recorded, browser):
     path, context = write_report('smoke'), browser.new_context(**look)

@@ -11,7 +11,6 @@ from http.server import ThreadingHTTPServer
 import pytest
 import yaml
 from fastcore.docments import docments
-from test_cli import t2i
 
 import t2ianalysis.site as module
 from t2ianalysis import _modidx
@@ -111,42 +110,28 @@ def test_a_page_that_fails_is_named_and_the_earlier_site_stays(site, tmp_path, m
     assert (out/'index.html').read_text() == 'earlier' and {p.name for p in tmp_path.iterdir()} == {'clone', 'out'}
 
 
-def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_sentence(tmp_path, t2i, monkeypatch, capsys):
     (tmp_path/'letter.txt').write_text('mine')
     server = module.open_server(tmp_path, 0)
     for arguments, words in ((['--out', str(tmp_path/'letter.txt')], 'is a file'), (['--out', str(tmp_path)], 'is not empty and no site'),
                              (['--serve', '--port', str(server.server_port)], f'port={server.server_port} is in use; give another')):
-        assert t2i('docs', *arguments, monkeypatch=monkeypatch) == 2
+        assert t2i('docs', *arguments) == 2
         assert words in (said := capsys.readouterr().err) and len(said.strip().splitlines()) == 1
     server.server_close()
     monkeypatch.setattr(module, 'find_spec', lambda name: None)
-    assert t2i('docs', monkeypatch=monkeypatch) == 2 and "pip install -e '.[docs]'" in capsys.readouterr().err
+    assert t2i('docs') == 2 and "pip install -e '.[docs]'" in capsys.readouterr().err
     monkeypatch.setattr(module, 'find_spec', importlib.util.find_spec)
     monkeypatch.setenv('T2I_HOME', str(tmp_path))
-    assert t2i('docs', monkeypatch=monkeypatch) == 2 and 'has no nbs/_quarto.yml' in capsys.readouterr().err
+    assert t2i('docs') == 2 and 'has no nbs/_quarto.yml' in capsys.readouterr().err
 
 
 # ---- in a browser, from a server under /t2ianalysis/ as it is hosted
-ARGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-
-
 @pytest.fixture(scope='module')
 def address(site):
     server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(module._Quiet, directory=str(site.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/t2ianalysis/'
     server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if not chromium: pytest.skip('no chromium on this machine')
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=ARGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from t2ianalysis import cli, jobs, sweeps
+from t2ianalysis import jobs, sweeps
 from t2ianalysis.data import BadInput, data_path, work_path
 from t2ianalysis.sweeps import configs_of, expand, sweep
 from t2ianalysis.training import run_id
@@ -91,13 +91,6 @@ def test_a_notebook_that_fails_is_kept(tmp_path):
     assert 'ZeroDivisionError' in table.state[0] and 'ZeroDivisionError' in kept.read_text()
 
 
-def t2i(*arguments, monkeypatch):
-    "Run `t2i` in this process; its exit status."
-    monkeypatch.setattr(sys, 'argv', ['t2i', *arguments])
-    with pytest.raises(SystemExit) as e: cli.main()
-    return e.value.code
-
-
 @pytest.mark.parametrize('text, words', [
     ('grid: {lr: [1e-3', 'cannot be read as YAML'), ('', 'is empty'), ('- lr: 1', 'holds no named parts'), ('fixed: {preset: smoke}', 'grid of sweep file'), ('grid: 5', 'holds no parameters'),
     ('grid: {lr: []}', 'lr=[] has no value'), ('grids: {lr: 1}', "Did you mean 'grid'?"), ('lr: [1e-3]', "'lr' at its top"), ('fixed: 3\ngrid: {lr: 1}', 'fixed of sweep file'), ('grid: {1: 2}', 'for a name'),
@@ -106,10 +99,10 @@ def t2i(*arguments, monkeypatch):
     ('grid: {lr: [1e-3, -1e-3]}', 'lr=-0.001 must be above zero'), (f'grid: {{lr: {[1e-3] * 100}, seed: {list(range(1000))}}}', '100,000 settings, more than 1,000; add --yes'),
     (f'grid: {{lr: {[1e-3] * 1000}, seed: {list(range(1000))}, batch: [4, 8]}}', '2,000,000 settings, more than the 1,000,000'), (None, 'is not there'),
 ])
-def test_a_wrong_sweep_is_one_sentence_and_status_2(ran, text, words, tmp_path, monkeypatch, capsys):
+def test_a_wrong_sweep_is_one_sentence_and_status_2(ran, text, words, tmp_path, t2i, capsys):
     file = tmp_path/'sweep.yaml'
     if text is not None: file.write_text(text)
-    assert t2i('sweep', 'train', str(file), monkeypatch=monkeypatch) == 2
+    assert t2i('sweep', 'train', str(file)) == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith('t2i: ') and err.count('\n') == 1 and not work_path('runs').exists()
 
@@ -118,10 +111,10 @@ def test_a_wrong_sweep_is_one_sentence_and_status_2(ran, text, words, tmp_path, 
     (['loss_breakdown'], "parameter lr=... is unknown"), (['los_breakdown'], "Did you mean 'loss_breakdown'?"), (['train', '-j', '0'], '-j 0 must be 1 or more'), (['train', '--cancel'], 'give --slurm'),
     (['train', '-s', 'time=3'], 'give --slurm'), (['train', '--slurm', '-s', 'time'], "-s 'time' is not of the form"), (['train', '--slurm'], 'there is no sbatch'),
 ])
-def test_a_wrong_option_is_one_sentence_and_status_2(ran, arguments, words, tmp_path, monkeypatch, capsys):
+def test_a_wrong_option_is_one_sentence_and_status_2(ran, arguments, words, tmp_path, t2i, monkeypatch, capsys):
     (tmp_path/'sweep.yaml').write_text('fixed: {preset: smoke}\ngrid: {lr: [1e-3, 2e-3]}' if arguments[0] == 'train' else 'grid: {seedz: [1, 2]}')
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert t2i('sweep', arguments[0], str(tmp_path/'sweep.yaml'), *arguments[1:], monkeypatch=monkeypatch) == 2
+    assert t2i('sweep', arguments[0], str(tmp_path/'sweep.yaml'), *arguments[1:]) == 2
     err = capsys.readouterr().err
     assert words.replace('lr=...', 'seedz=[1, 2]') in err and err.count('\n') == 1
 
@@ -138,12 +131,12 @@ def test_many_settings_are_counted_and_asked_for(monkeypatch):
     jobs._ask(100_000, True)
 
 
-def test_settings_of_one_run_are_one_setting_and_what_is_there_is_known(ran, tmp_path, monkeypatch, capsys):
+def test_settings_of_one_run_are_one_setting_and_what_is_there_is_known(ran, tmp_path, t2i, capsys):
     write_record(*configs_of(dict(preset='smoke', lr=2e-3)))
     (tmp_path/'s.yaml').write_text('fixed: {preset: smoke}\ngrid: [{lr: [1e-3, 2e-3]}, {lr: 2e-3, init: pretrained}]')
-    assert t2i('sweep', 'train', str(tmp_path/'s.yaml'), '--dry-run', monkeypatch=monkeypatch) == 0
+    assert t2i('sweep', 'train', str(tmp_path/'s.yaml'), '--dry-run') == 0
     assert capsys.readouterr().out.splitlines() == ['1/2 lr=0.001: to run', '2/2 lr=0.002: there', '2 settings: 1 there, 1 waiting']
-    assert t2i('sweep', 'train', str(tmp_path/'s.yaml'), '--dry-run', '--json', monkeypatch=monkeypatch) == 0
+    assert t2i('sweep', 'train', str(tmp_path/'s.yaml'), '--dry-run', '--json') == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer['counts'] == dict(there=1, waiting=1) and [s['parameters']['lr'] for s in answer['settings']] == [1e-3, 2e-3] and ran == []
 

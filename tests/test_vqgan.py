@@ -14,7 +14,6 @@ from diffusers import VQModel
 from golden_vqgan import CONFIGS, DIGESTS, MODELS, digest, golden_checkpoint, golden_images
 from safetensors.torch import load_file
 
-from t2ianalysis import cli
 from t2ianalysis.data import BadInput
 from t2ianalysis.tokenizers import check_tokenizer, load_image_tokenizer
 from t2ianalysis.vqgan import convert_vqgan, read_vqgan, rename_vqgan, vqgan_sizes, vqmodel_of
@@ -187,24 +186,18 @@ def test_out_is_whole_or_not_there(checkpoints, tmp_path, monkeypatch):
 
 # Commands
 
-def t2i(*arguments, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['t2i', *map(str, arguments)])
-    with pytest.raises(SystemExit) as e: cli.main()
-    return e.value.code
-
-
 @pytest.mark.parametrize('kind, says', [('movqgan', r'311 tensors, 3,214,543 parameters, 64 codes, 8 x 8 .*, 313 ema_\* left out'), ('vqgan', r'243 tensors, .*128 codes, 16 x 16 .*, 2 loss\* left out')])
-def test_the_commands(checkpoints, tmp_path, monkeypatch, capsys, kind, says):
-    assert t2i('convert', kind, checkpoints/f'{kind}.ckpt', tmp_path/'models'/'out', monkeypatch=monkeypatch) == 0
+def test_the_commands(checkpoints, tmp_path, t2i, capsys, kind, says):
+    assert t2i('convert', kind, checkpoints/f'{kind}.ckpt', tmp_path/'models'/'out') == 0
     assert re.search(says, capsys.readouterr().out) and load_image_tokenizer(str(tmp_path/'models'/'out')).vocab_size == MODELS[kind]['codes']
     swapped = KINDS[1 - KINDS.index(kind)]
-    assert t2i('convert', swapped, checkpoints/f'{kind}.ckpt', tmp_path/'no', monkeypatch=monkeypatch) == 2
+    assert t2i('convert', swapped, checkpoints/f'{kind}.ckpt', tmp_path/'no') == 2
     assert f'`t2i convert {kind}`' in capsys.readouterr().err and not (tmp_path/'no').exists()
 
 
 @pytest.mark.parametrize('arguments, words', [(['movqgan', 'nowhere.ckpt', 'out'], "checkpoint='nowhere.ckpt' is no file"), (['vqgan', 'tests', 'out'], 'is no file')])
-def test_mistakes_of_the_commands(arguments, words, monkeypatch, capsys):
-    assert t2i('convert', *arguments, monkeypatch=monkeypatch) == 2
+def test_mistakes_of_the_commands(arguments, words, t2i, capsys):
+    assert t2i('convert', *arguments) == 2
     assert words in capsys.readouterr().err
 
 
