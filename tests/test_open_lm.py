@@ -15,7 +15,6 @@ from filelock import FileLock
 from golden_open_lm import DIGEST, golden_checkpoint
 from golden_vqgan import digest
 from safetensors.torch import load_file
-from test_cli import t2i
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, StableLmConfig
@@ -218,7 +217,7 @@ def learn_rotary(path, seed=0):
     return path
 
 
-def test_a_wrong_position_variant_is_warned_of(letters, tmp_path, monkeypatch, capsys):
+def test_a_wrong_position_variant_is_warned_of(letters, tmp_path, t2i, capsys):
     checkpoint, text = learn_rotary(tmp_path/'learnt.pt'), tmp_path/'text.txt'
     text.write_text(''.join(word * 8 for word in ('abc', 'fox', 'dog', 'sea', 'red', 'ink')))
     tables = {p: position_perplexities(convert(checkpoint, tmp_path/p, positions=p, tokenizer=str(letters)), text, progress=False) for p in VARIANTS}
@@ -231,16 +230,16 @@ def test_a_wrong_position_variant_is_warned_of(letters, tmp_path, monkeypatch, c
     assert positions_warning(tables['rotary']) == '' and "trained with 'rotary'; convert again with --positions rotary" in positions_warning(tables['head_rotary'])
 
     arguments = ['convert', 'open-lm', str(checkpoint), '--tokenizer', str(letters), '--text', str(text)]
-    assert t2i(*arguments, str(tmp_path/'right'), monkeypatch=monkeypatch) == 0
+    assert t2i(*arguments, str(tmp_path/'right')) == 0
     said = capsys.readouterr()
     assert 'head_rotary' in said.out and 'warning' not in said.err
-    assert t2i(*arguments, str(tmp_path/'wrong'), '--positions', 'head_rotary', monkeypatch=monkeypatch) == 0
+    assert t2i(*arguments, str(tmp_path/'wrong'), '--positions', 'head_rotary') == 0
     assert "warning: positions='head_rotary' gives perplexity" in capsys.readouterr().err
     assert len(load_text_tokenizer(str(tmp_path/'wrong'))) == 28
 
 
-def test_without_a_tokenizer_the_command_says_so(tiny, tmp_path, monkeypatch, capsys):
-    assert t2i('convert', 'open-lm', str(tiny), str(tmp_path/'out'), '--positions', 'rotary', monkeypatch=monkeypatch) == 0
+def test_without_a_tokenizer_the_command_says_so(tiny, tmp_path, t2i, capsys):
+    assert t2i('convert', 'open-lm', str(tiny), str(tmp_path/'out'), '--positions', 'rotary') == 0
     assert 'no text tokenizer' in capsys.readouterr().out
 
 
@@ -256,11 +255,11 @@ REFUSED = dict(
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_a_config_that_does_not_fit_is_refused(case, tiny, tmp_path, monkeypatch, capsys):
+def test_a_config_that_does_not_fit_is_refused(case, tiny, tmp_path, t2i, capsys):
     changes, positions, words = REFUSED[case]
     config = tmp_path/'config.json'; config.write_text(json.dumps(TINY | changes))
     arguments = ['convert', 'open-lm', str(tiny), str(tmp_path/'out'), '--config', str(config)] + (['--positions', positions] if positions else [])
-    assert t2i(*arguments, monkeypatch=monkeypatch) == 2
+    assert t2i(*arguments) == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith('t2i: ') and err.count('\n') == 1
     assert [f.name for f in tmp_path.iterdir()] == ['config.json']
@@ -333,8 +332,8 @@ def test_a_place_that_cannot_be_used_is_refused(tiny, letters, tmp_path):
 
 @pytest.mark.parametrize('options, words', [(['--text', 'x.txt'], 'tokenizer'), (['--text', 'x.txt', '--tokenizer', 'y'], "text='x.txt' cannot be read"), (['--dtype', 'fp8'], "dtype='fp8'"),
                                             (['--config', 'open_lm_1c'], "Did you mean 'open_lm_1b'?")])
-def test_a_wrong_option_is_one_sentence(options, words, tiny, tmp_path, monkeypatch, capsys):
-    assert t2i('convert', 'open-lm', str(tiny), str(tmp_path/'out'), '--positions', 'rotary', *options, monkeypatch=monkeypatch) == 2
+def test_a_wrong_option_is_one_sentence(options, words, tiny, tmp_path, t2i, capsys):
+    assert t2i('convert', 'open-lm', str(tiny), str(tmp_path/'out'), '--positions', 'rotary', *options) == 2
     err = capsys.readouterr().err
     assert words in err and err.count('\n') == 1 and not (tmp_path/'out').exists()
 
