@@ -30,7 +30,7 @@ SPECIALS = ('<doc>', '</doc>', '<text>', '</text>', '<image>', '</image>', '<pad
 
 class Kind(IntEnum):
     "What a position holds. Loss breakdown, masks and sampling limits all read this and nothing else."
-    PAD, SPECIAL, TEXT, IMAGE, PROSE = range(5)  # TEXT: of a caption; PROSE: plain text without an image
+    PAD, SPECIAL, TEXT, IMAGE, PROSE, MASK, END = range(7)  # TEXT: of a caption; PROSE: plain text without an image; MASK, END: of a masked document
 
 # %% ../nbs/02_sequences.ipynb #4bcf1328
 @dataclass(frozen=True)
@@ -38,11 +38,16 @@ class Vocab:
     "The joint vocabulary of a language model with `text` rows and an image tokenizer with `codes` codes."
     text: int   # rows of the language model's embedding, V
     codes: int  # codes of the image tokenizer, K
+    masks: int = 0  # sentinels `<mask:i>` of causally masked documents, M; with them comes `<end>`
 
     @property
-    def size(self) -> int: return self.text + len(SPECIALS) + self.codes
+    def size(self) -> int: return self.mask + (self.masks + 1 if self.masks else 0)
     @property
     def image(self) -> int: return self.text + len(SPECIALS)
+    @property
+    def mask(self) -> int: return self.image + self.codes                     # `<mask:0>`
+    @property
+    def end(self) -> int: return self.mask + self.masks                       # `<end>`
     def special(self, token: str) -> int: return self.text + SPECIALS.index(token)
 
     def kinds(self,
@@ -51,6 +56,7 @@ class Vocab:
         "The kind of every token; the one place where ids are told apart."
         kind = torch.full_like(ids, Kind.SPECIAL, dtype=torch.int8)
         kind.masked_fill_(ids < self.text, Kind.TEXT).masked_fill_(ids >= self.image, Kind.IMAGE)
+        if self.masks: kind.masked_fill_(ids >= self.mask, Kind.MASK).masked_fill_(ids >= self.end, Kind.END)
         return kind.masked_fill_(ids == self.special('<pad>'), Kind.PAD)
 
 # %% ../nbs/02_sequences.ipynb #76cc13bf
@@ -110,24 +116,27 @@ class Batch:
     @property
     def inputs(self) -> torch.Tensor: return self.ids[:, :-1]                 # (B, T-1)
     @property
-    def label_kind(self) -> torch.Tensor: return self.kind[:, 1:]             # (B, T-1), what is predicted there; PAD: nothing
+    def label_kind(self) -> torch.Tensor: return self.kind[:, 1:]             # (B, T-1), what comes next; PAD: nothing
     @property
-    def labels(self) -> torch.Tensor: return self.ids[:, 1:].masked_fill(self.label_kind == Kind.PAD, -100)  # (B, T-1)
+    def counts(self) -> torch.Tensor: return (self.label_kind != Kind.PAD) & (self.label_kind != Kind.MASK)  # bool (B, T-1), in the loss
     @property
-    def tokens(self) -> int: return int((self.label_kind != Kind.PAD).sum())  # positions that count in the loss
+    def labels(self) -> torch.Tensor: return self.ids[:, 1:].masked_fill(~self.counts, -100)  # (B, T-1)
+    @property
+    def tokens(self) -> int: return int(self.counts.sum())                    # positions that count in the loss
 
     def to(self, device): return Batch(self.ids.to(device), self.kind.to(device))
     def __repr__(self): return f'Batch({tuple(self.ids.shape)}, {self.tokens:,} tokens)'
     def _repr_html_(self): return _html(self)
 
 # %% ../nbs/02_sequences.ipynb #1c506b2a
-_COLOURS = {Kind.PAD: '#eeeeee', Kind.SPECIAL: '#888888', Kind.TEXT: '#e69f00', Kind.IMAGE: '#56b4e9', Kind.PROSE: '#cc79a7'}
+_COLOURS = {Kind.PAD: '#eeeeee', Kind.SPECIAL: '#888888', Kind.TEXT: '#e69f00', Kind.IMAGE: '#56b4e9', Kind.PROSE: '#cc79a7',
+            Kind.MASK: '#d55e00', Kind.END: '#000000'}
 
 def _html(batch, rows=16):
     "A cell a token, coloured by kind."
     cell = lambda kind, run: f'<i style="width:{7 * len(list(run))}px;background:{_COLOURS[Kind(kind)]}"></i>'
     drawn = ''.join(f'<div style="display:flex;width:max-content;height:12px;margin:1px">{"".join(cell(*run) for run in groupby(kinds))}</div>' for kinds in batch.kind[:rows].tolist())
-    key = ' '.join(f'<i style="display:inline-block;height:12px;width:7px;background:{colour}"></i> {kind.name.lower()}' for kind, colour in _COLOURS.items())
+    key = ' '.join(f'<i style="display:inline-block;height:12px;width:7px;background:{colour}"></i> {kind.name.lower()}' for kind, colour in _COLOURS.items() if kind <= Kind.PROSE or (batch.kind == kind).any())
     return f'{drawn}<br>{key}'
 
 # %% ../nbs/02_sequences.ipynb #7a1fabd3

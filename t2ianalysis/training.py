@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PREPARED', 'NAMELESS', 'ADDED', 'LOGS', 'KINDS', 'Config', 'make_config', 'check_config', 'trackers_of',
-           'Material', 'captions_of', 'prepare', 'run_id', 'lr_at', 'token_losses', 'sums_by_kind', 'means',
+           'Material', 'captions_of', 'prepare', 'run_id', 'lr_at', 'token_losses', 'placed', 'sums_by_kind', 'means',
            'make_optimizer', 'evaluate', 'whole_weights', 'save_checkpoint', 'find_checkpoint', 'environment',
            'is_done', 'Log', 'check_trackers', 'Trackers', 'Diverged', 'train', 'said', 'start', 'distribute',
            'syncing', 'place_rows', 'documents_at', 'batches_at', 'feed', 'fresh_accelerator', 'products',
@@ -69,6 +69,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .compute import Scored, fast_cpu, fitted, liger, slow_mkl
+from .masking import MASKINGS, MASKS, Masked
 from t2ianalysis.models import (
     INITS,
     RULES,
@@ -98,7 +99,7 @@ class Config:
     data: str = 'openclipart'       # captioned images, as `load_captions` takes them
     px: int = 64                    # side of the images in pixels
     pairs: int = 0                  # training pairs at most; 0: all
-    layout: str = 'text-image'      # 'text-image' or 'image'
+    layout: str = 'text-image'      # 'text-image', 'image' or one of `masking.MASKINGS`, such as 'causally-masked'
     length: int = 160               # tokens a sequence at most
     steps: int = 240                # optimizer steps
     batch: int = 16                 # sequences a step, over all processes and accumulation
@@ -174,7 +175,7 @@ def check_config(
         if not getattr(config, name) > 0: raise BadInput(f'{name}={getattr(config, name)} must be above zero.')
     for name in ('pairs', 'warmup', 'weight_decay', 'seed', 'keep'):
         if not getattr(config, name) >= 0: raise BadInput(f'{name}={getattr(config, name)} must be zero or more.')
-    for name, options in (('precision', ('fp32', 'bf16')), ('layout', LAYOUTS), ('init', INITS), ('trainable', tuple(RULES))):
+    for name, options in (('precision', ('fp32', 'bf16')), ('layout', (*LAYOUTS, *MASKINGS)), ('init', INITS), ('trainable', tuple(RULES))):
         value = getattr(config, name)
         if value not in options: raise BadInput(f'{name}={value!r} is unknown; give one of {", ".join(options)}.{nearest(value, options)}')
     for name in ('caption_dropout', 'prose_share', 'beta1', 'beta2'):
@@ -224,8 +225,7 @@ def prepare(
     tokenizer.model.to(device)
     limits = dict(train=config.pairs or None, validation=config.eval_pairs)
     stores = {split: tokenize_captions(captions_of(config, split, limit), tokenizer, progress=progress) for split, limit in limits.items()}
-    train, valid = (Sequences(s, text, architecture.vocab_size, config.length, config.layout) for s in stores.values())
-    prose = Prose(load_prose(config.prose), text, config.length) if config.prose_share else None
+    train, valid, prose = _rows(config, stores, text, architecture.vocab_size)
     found = dict(train=stores['train'].fingerprint, validation=stores['validation'].fingerprint, lm=lm)
     if prose: found['prose'] = prose.fingerprint
     if config.rows != 'random': found['rows'] = hashlib.sha256(_rows_file(config).read_bytes()).hexdigest()
@@ -269,6 +269,14 @@ def token_losses(
     logits = model(input_ids=batch.inputs, use_cache=False).logits.float()
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction='none').view(batch.labels.shape)
 
+def placed(
+    batch: Batch,
+    length: int = 0,  # columns that padding may make at most
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # inputs, labels and places, as `Scored` takes them
+    "A batch as `compute.fitted` lays it out. Mask tokens are seen but not predicted, so the places are not read off the labels."
+    inputs, there, places = fitted(batch.inputs, batch.ids[:, 1:].masked_fill(batch.label_kind == Kind.PAD, -100), length)
+    return inputs, F.pad(batch.labels, (0, there.shape[1] - batch.labels.shape[1]), value=-100), places
+
 # %% ../nbs/04_training.ipynb #dbc18aee
 def sums_by_kind(
     losses: torch.Tensor,  # (B, T-1)
@@ -280,10 +288,10 @@ def sums_by_kind(
 
 def means(
     sums: torch.Tensor,  # (len(Kind), 2)
-) -> dict:  # total, text, image, special, prose: mean nats a token; n_...: tokens
-    "Mean loss by kind, padding left out."
+) -> dict:  # total, text, image, special, prose, end: mean nats a token; n_...: tokens
+    "Mean loss by kind, padding and mask tokens left out."
     s, n = sums.cpu()[:, 0], sums.cpu()[:, 1]
-    parts = dict(total=[k for k in Kind if k != Kind.PAD], text=[Kind.TEXT], image=[Kind.IMAGE], special=[Kind.SPECIAL], prose=[Kind.PROSE])
+    parts = dict(total=[k for k in Kind if k not in (Kind.PAD, Kind.MASK)], text=[Kind.TEXT], image=[Kind.IMAGE], special=[Kind.SPECIAL], prose=[Kind.PROSE], end=[Kind.END])
     out = {name: round(float(s[k].sum() / n[k].sum()), 6) for name, k in parts.items() if n[k].sum()}
     return out | {f'n_{name}': int(n[k].sum()) for name, k in parts.items() if n[k].sum()}
 
@@ -312,8 +320,8 @@ def evaluate(
     mine, size = range(accelerator.process_index, len(data), world), math.ceil(batch / world)
     for i in range(0, math.ceil(len(data) / world), size):                      # as many batches in every process: sharded weights are gathered together
         b = data.batch(list(mine[i:i + size]) or [0]).to(device)
-        with accelerator.autocast(): _, losses = model(b.inputs, b.labels)
-        if mine[i:i + size]: sums += sums_by_kind(losses, b.label_kind)
+        with accelerator.autocast(): _, losses = model(*(placed(b, model.length) if isinstance(data, Masked) else (b.inputs, b.labels)))
+        if mine[i:i + size]: sums += sums_by_kind(losses[:, :b.label_kind.shape[1]], b.label_kind)
     model.train()
     return means(accelerator.reduce(sums))
 
@@ -577,7 +585,7 @@ def place_rows(
 ):  # the model
     "Put the rows of `config.rows`, if any, where the image codes' rows of the input embedding are."
     if config.rows == 'random': return model
-    old = model.get_input_embeddings().weight[vocab.image:]
+    old = model.get_input_embeddings().weight[vocab.image:vocab.mask]
     try: new = load_file(_rows_file(config))['rows']
     except (SafetensorError, KeyError) as e: raise BadInput(f'rows={config.rows!r} is no safetensors file with a tensor `rows`; give one that the module `alignment` wrote.') from e
     if new.shape != old.shape: raise BadInput(f'rows={config.rows!r} holds {tuple(new.shape)} numbers but the codes need {tuple(old.shape)}; align the same model and image tokenizer.')
@@ -605,6 +613,7 @@ def batches_at(
     processes: int = 1,
 ) -> tuple[int, list[Batch]]:  # tokens of loss of the whole step, over all processes; what this process computes of it
     "The batches of a step, in `accumulation` parts of similar lengths."
+    if config.layout in MASKINGS: return _masked_at(config, material, step, process, processes)
     number, captioned, prose = documents_at(config, material, step)
     length = np.where(prose, material.prose.lengths(np.where(prose, number, 0)) if prose.any() else 0, material.train.lengths(np.where(prose, 0, number), captioned))
     mine, parts = np.arange(config.batch)[process::processes], []
@@ -615,6 +624,30 @@ def batches_at(
     return int((length - 1).sum()), parts
 
 # %% ../nbs/04_training.ipynb #396698c3
+def _rows(config, stores, text, text_rows):
+    "Training pairs, validation pairs and prose; masked, where the layout says so, in a length that leaves room for the masks."
+    masking, layout, length = MASKINGS.get(config.layout), config.layout, config.length
+    if masking: layout, length = 'text-image', config.length - masking.room()
+    try: train, valid = (Sequences(s, text, text_rows, length, layout) for s in stores.values())
+    except BadInput as e: raise BadInput(f'layout={config.layout!r} keeps {masking.room()} of length={config.length} for masks: {e}') if masking and length < config.length else e from e
+    prose = Prose(load_prose(config.prose), text, length) if config.prose_share else None
+    if not masking: return train, valid, prose
+    vocab = dataclasses.replace(train.vocab, masks=MASKS)
+    return Masked(train, vocab, masking), Masked(valid, vocab, masking, 'validation'), prose and Masked(prose, vocab, masking, 'prose')
+
+def _masked_at(config, material, step, process, processes):
+    "As `batches_at`, for masked documents: all of a step are made, as their lengths and what counts come with their draws."
+    number, captioned, prose = documents_at(config, material, step)
+    documents, place = np.empty(config.batch, object), step * config.batch + np.arange(config.batch)
+    for rows, chosen, shown in ((material.train, ~prose, captioned), (material.prose, prose, None)):
+        at = np.flatnonzero(chosen)
+        if len(at): documents[at] = np.fromiter(rows.documents(number[at], None if shown is None else shown[at], config.seed, place[at] // len(rows)), object)
+    whole, length = collate(material.train.vocab, list(documents), np.flatnonzero(prose)), np.array([*map(len, documents)])
+    mine = np.arange(config.batch)[process::processes]
+    parts = [mine[part] for part in by_length(length[mine], config.accumulation)]
+    return whole.tokens, [Batch(whole.ids[part, :length[part].max()], whole.kind[part, :length[part].max()]) for part in parts]
+
+# %% ../nbs/04_training.ipynb #6c27bb8d
 def feed(
     config: Config,
     material: Material,
@@ -625,7 +658,7 @@ def feed(
     pin = accelerator.device.type == 'cuda'
     def make(step):
         count, parts = batches_at(config, material, step, accelerator.process_index, accelerator.num_processes)
-        parts = [(*fitted(b.inputs, b.labels, config.length), b.label_kind) for b in parts]
+        parts = [(*placed(b, config.length), b.label_kind) for b in parts]
         return count, [tuple(x.contiguous().pin_memory() if pin else x for x in part) for part in parts]
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(make, first)
@@ -754,7 +787,7 @@ def save_weights(
         lm.save_pretrained(beside, state_dict=weights)
 
 # %% ../nbs/04_training.ipynb #bd368220
-KINDS = ('total', 'text', 'image', 'special', 'prose')
+KINDS = ('total', 'text', 'image', 'special', 'prose', 'end')
 
 def run_config(
     folder: Path,  # of a run
