@@ -5,31 +5,37 @@
 # %% auto #0
 __all__ = ['MAX_PAGE', 'MAX_TAGS', 'MAX_ATTRIBUTES', 'decode_page', 'parse_page', 'dropped_as', 'kept_attributes', 'Page',
            'minimal_page', 'minimal_html', 'Pages', 'read_image', 'crop_image', 'page_images', 'write_codes',
-           'insert_codes', 'near_groups', 'split_pages', 'save_pages', 'load_pages']
+           'insert_codes', 'near_groups', 'split_pages', 'save_pages', 'load_pages', 'save_corpus', 'corpus_row',
+           'make_corpus']
 
 # %% ../nbs/15a_minimal_html.ipynb #5abab4a4
-from .data import MAX_BYTES, MAX_PIXELS, BadInput, _open, decode_image, write_atomic
-from .models import seed_of
+from .data import MAX_BYTES, MAX_PIXELS, BadInput, _open, decode_image, new_folder, write_atomic, write_folder
+from .models import load_text_tokenizer, seed_of
+from .tokenizers import load_image_tokenizer
 
 # %% ../nbs/15a_minimal_html.ipynb #d3a91975
 import hashlib
 import io
+import ipaddress
 import json
 import re
+import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
-from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import Request, urlopen
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from urllib.request import BaseHandler, Request, build_opener
 
 import numpy as np
 import torch
 from lxml import etree
 from lxml import html as lxml_html
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 # %% ../nbs/15a_minimal_html.ipynb #47b2ecc2
 _CHARSET = re.compile(rb'''<(?:meta|\?xml)[^>]{0,500}?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]{2,30})''', re.I)
@@ -213,6 +219,7 @@ class Page:
     images: list[str]         # the `src` of every <img>, in order
     counts: Counter           # what went and why: 'script', 'header', 'empty', 'folded' ...
     root: Path | None = None  # no image is read from outside this folder; None where images have addresses only
+    crawled: Callable | None = field(default=None, compare=False, repr=False)  # what an address gave when it was crawled, bytes or None
 
 # %% ../nbs/15a_minimal_html.ipynb #3ef4462b
 def minimal_page(
@@ -244,19 +251,23 @@ class Pages:
         source: str | Path,       # a folder, searched in depth; an .html file; a .warc or .warc.gz file
         drop: str | None = None,  # an XPath of elements that go as well
     ):
-        self.source, self.drop, self.skipped = Path(source).expanduser(), drop, Counter()
+        self.source, self.drop, self.skipped, self.read = Path(source).expanduser(), drop, Counter(), 0
         if not self.source.exists(): raise BadInput(f'source {str(source)!r} does not exist: give a folder of HTML files, an .html file or a .warc.gz file')
         self.warc = re.search(r'\.warc(\.gz)?$', self.source.name) is not None
         inside = sorted(p for p in self.source.rglob('*') if re.fullmatch(r'\.x?html?', p.suffix, re.I) and p.is_file()) if self.source.is_dir() else [self.source]
         self.files = [] if self.warc else inside
+        self.total = self.source.stat().st_size if self.warc else len(inside)  # bytes of a WARC file, else files; `read` counts up to it
         if not inside: raise BadInput(f'source {str(source)!r} has no HTML file (.html, .htm, .xhtml): give a folder that has')
 
     def __repr__(self): return f'Pages({str(self.source)!r})' if self.warc else f'Pages({str(self.source)!r}, {len(self.files):,} files)'
 
     def _raw(self):  # (name, bytes, charset)
-        if self.warc: yield from _warc_pages(self.source, self.skipped); return
+        if self.warc:
+            for name, at, raw, charset in _warc_records(self.source, self.skipped): self.read = at; yield name, raw, charset
+            return
         root = self.source if self.source.is_dir() else self.source.parent
-        for path in self.files:
+        for number, path in enumerate(self.files, 1):
+            self.read = number
             try:
                 with path.open('rb') as file: yield path.relative_to(root).as_posix(), file.read(MAX_PAGE + 1), None
             except OSError: self.skipped['cannot be read'] += 1
@@ -264,47 +275,84 @@ class Pages:
     def __iter__(self) -> Iterator[Page]:
         "`skipped` counts the pages left out, by reason, from the start"
         self.skipped.clear()
-        root = None if self.warc else (self.source if self.source.is_dir() else self.source.parent).resolve()
+        root, crawled = None if self.warc else (self.source if self.source.is_dir() else self.source.parent).resolve(), _Crawled(self.source) if self.warc else None
         for name, raw, charset in self._raw():
-            try: yield replace(minimal_page(raw, name, self.drop, charset), root=root)
+            try: yield replace(minimal_page(raw, name, self.drop, charset), root=root, crawled=crawled)
             except BadInput as e:
                 if 'drop=' in str(e): raise
                 self.skipped[next((reason for reason in _REASONS if reason in str(e)), 'no HTML')] += 1
 
 # %% ../nbs/15a_minimal_html.ipynb #2084de97
-def _warc_pages(path, skipped):
-    "Name, bytes and charset of every HTML response of a WARC file; what ends before its time is counted"
+_HTML = ('text/html', 'application/xhtml+xml')
+
+def _warc_records(path, skipped, pages=True):
+    "Address, offset, bytes and charset of every HTML response of a WARC file; without `pages`, of every other one, unread. What ends before its time is counted"
     try:
         from warcio.archiveiterator import ArchiveIterator
     except ImportError: raise BadInput('WARC files need warcio: pip install warcio') from None
     with open(path, 'rb') as file:
-        records, first = iter(ArchiveIterator(file)), True
+        records, first = ArchiveIterator(file), True
+        walk = iter(records)
         while True:
             try:
-                record = next(records, None)
+                record = next(walk, None)
                 if record is None and not first: break
                 if record is None or record.format != 'warc': raise ValueError('no record')
                 kind, _, rest = ((record.http_headers or record.rec_headers).get_header('Content-Type') or '').partition(';')
                 status = record.http_headers.get_statuscode() if record.http_headers else '200'
-                if record.rec_type not in ('response', 'resource') or status != '200' or kind.strip().lower() not in ('text/html', 'application/xhtml+xml'): first = False; continue
-                raw = record.content_stream().read(MAX_PAGE + 1)
+                if record.rec_type not in ('response', 'resource') or status != '200' or (kind.strip().lower() in _HTML) != pages: first = False; continue
+                raw, at = record.content_stream().read(MAX_PAGE + 1) if pages else b'', records.get_record_offset()
             except Exception as e:  # warcio raises its own, zlib's, EOFError, ValueError ...
                 if first: raise BadInput(f'source {str(path)!r} is no WARC file ({type(e).__name__}): give one made by a crawler') from e
                 skipped['damaged record'] += 1; break
             first, said = False, re.search(r'charset=["\s]*([\w-]+)', rest)
-            yield record.rec_headers.get_header('WARC-Target-URI') or '', raw, said and said[1]
+            yield record.rec_headers.get_header('WARC-Target-URI') or '', at, raw, said and said[1]
+
+# %% ../nbs/15a_minimal_html.ipynb #3d6052da
+class _Crawled:
+    "What a WARC file holds beside its pages, by address; it is looked through once, when the first address is asked for"
+    def __init__(self, path: Path): self.path = path
+
+    @cached_property
+    def places(self):
+        found = {}
+        for address, at, *_ in _warc_records(self.path, Counter(), pages=False): found.setdefault(urldefrag(address)[0], at)
+        return found
+
+    def __call__(self, address: str) -> bytes | None:
+        from warcio.archiveiterator import ArchiveIterator
+        if (at := self.places.get(urldefrag(address)[0])) is None: return None
+        with open(self.path, 'rb') as file:
+            file.seek(at)
+            try: return next(iter(ArchiveIterator(file))).content_stream().read(MAX_BYTES + 1)
+            except Exception: raise ValueError('damaged record') from None  # warcio raises its own, zlib's, EOFError ...
 
 # %% ../nbs/15a_minimal_html.ipynb #522d9454
+def _public(ip: str) -> bool:
+    "Whether an IP address is one of the public network: not private, loopback, link-local or reserved"
+    ip = ipaddress.ip_address(ip.partition('%')[0])
+    return (ip := getattr(ip, 'ipv4_mapped', None) or ip).is_global and not ip.is_multicast
+
+class _PublicOnly(BaseHandler):
+    "Looks at every request before it is sent, those of redirects too"
+    def http_request(self, request):
+        host = urlsplit(f'//{request.host}')
+        places = [place[0] for *_, place in socket.getaddrinfo(host.hostname, host.port or 80, type=socket.SOCK_STREAM)]
+        if not all(map(_public, places)): raise ValueError('address of a private network')
+        return request
+    https_request = ftp_request = http_request
+
 def _fetch(address, seconds=20):
     "What lies at an http address; `ValueError` gives the reason why it cannot be had"
     try:
         end, parts = time.monotonic() + seconds, []
-        with urlopen(Request(address, headers={'User-Agent': 't2ianalysis'}), timeout=seconds) as answer:
+        with build_opener(_PublicOnly).open(Request(address, headers={'User-Agent': 't2ianalysis'}), timeout=seconds) as answer:
             while part := answer.read1(2**20):
                 parts.append(part)
                 if sum(map(len, parts)) > MAX_BYTES: raise ValueError(f'file over {MAX_BYTES >> 20} MB')
                 if time.monotonic() > end: raise ValueError(f'over {seconds} seconds')
         return b''.join(parts)
+    except UnicodeError: raise ValueError('no address') from None
     except ValueError: raise
     except Exception: raise ValueError('address cannot be read') from None  # OSError, http.client's and more
 
@@ -318,6 +366,7 @@ def read_image(
     try: address = urljoin(page.name if page.root is None else '', src); parts = urlsplit(address)
     except ValueError: raise ValueError('no address') from None
     if parts.scheme in ('http', 'https') or parts.netloc:
+        if page.crawled and (raw := page.crawled(address)) is not None: return raw
         if not urls: raise ValueError('an address, not a file')
         return _fetch(address if parts.scheme else f'https:{address}')
     if parts.scheme or page.root is None: raise ValueError('no file')
@@ -350,11 +399,14 @@ def page_images(
     px: int = 256,       # side of an image, pixels
     seed: int = 0,       # of the crops
     urls: bool = False,  # whether to ask the network for addresses
+    seen: set | None = None,  # the SHA-256 of every image that can be read is added
 ) -> list[Image.Image | None]:  # one for each of `page.images`; None for one that is missing or broken, which `page.counts` counts by reason
     "The images of a page, decoded, cropped and resized"
     images = []
     for i, src in enumerate(page.images):
-        try: images.append(crop_image(read_image(page, src, urls), px, seed, page.name, i))
+        try:
+            images.append(crop_image(raw := read_image(page, src, urls), px, seed, page.name, i))
+            if seen is not None: seen.add(hashlib.sha256(raw).digest())
         except ValueError as e: images.append(None); page.counts[f'image: {e}'] += 1
     return images
 
@@ -380,10 +432,11 @@ def insert_codes(
     seed: int = 0,           # of the crops
     urls: bool = False,      # whether to ask the network for addresses
     batch: int = 16,         # images that are encoded together
+    seen: set | None = None,  # as for `page_images`
 ) -> Page:                   # with codes in `src`; `counts` says what was dropped and why
     "The images of a page read, tokenised and written into its `src`s (section 3.1)"
     tokenizer.grid(px)
-    images = page_images(replacing := replace(page, counts=page.counts.copy()), px, seed, urls)
+    images = page_images(replacing := replace(page, counts=page.counts.copy()), px, seed, urls, seen)
     found, codes = [i for i, image in enumerate(images) if image is not None], [None] * len(images)
     for start in range(0, len(found), batch):
         part = found[start:start + batch]
@@ -425,7 +478,7 @@ def split_pages(
     share: float = 0.8,     # as for `near_groups`
 ) -> list[str | None]:      # 'train' or 'test'; None for a copy of a test page
     "Sides without overlap: whole groups are drawn, and a group is tested by its first page only (section 3.1)"
-    if not 0 <= test < 1: raise BadInput(f'test={test!r} is not a share: give a number from 0 up to, not including, 1')
+    if not 0 <= test < 1: raise BadInput(f'test={test!r} is no share of the pages: give a number from 0 up to, not including, 1')
     group = near_groups(texts, share)
     held = {g for g in set(group) if seed_of('test split', seed, ' '.join(re.findall(r'\w+', texts[g].casefold()))) / 2**56 < test}
     return ['train' if g not in held else 'test' if g == i else None for i, g in enumerate(group)]
@@ -449,3 +502,69 @@ def load_pages(
             try: row = json.loads(line); name, html, counts = str(row['name']), str(row['html']), Counter(row.get('counts') or {})
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise BadInput(f'pages {str(path)!r}, line {number}, holds no page: make the file again') from None
             yield replace(minimal_page(html, name), counts=counts)
+
+# %% ../nbs/15a_minimal_html.ipynb #409e5735
+def save_corpus(
+    folder: str | Path,       # to make; one that is not empty is left alone
+    train: list[Page],        # with codes in `src`
+    test: list[Page],
+    tokenizer,                # the image tokenizer that made the codes
+    px: int,                  # side of an image, pixels
+    seed: int,                # of the crops and of the split
+    sources: list[str] = (),  # what the pages are, in words
+) -> Path:                    # `folder`
+    "Write a corpus whole or not at all; `BadInput` for a side without a page, or an `src` that holds no image of this tokenizer"
+    h, w = tokenizer.grid(px)
+    for side, pages in (('train', train), ('test', test)):
+        if not pages: raise BadInput(f'the {side} side has no page; give more pages, or another share of them as test')
+    for page in (*train, *test):
+        codes = [re.fullmatch(r'\d+(?: \d+)*', src) and [int(c) for c in src.split()] for src in page.images]
+        if not all(c and len(c) == h * w and max(c) < tokenizer.vocab_size for c in codes):
+            raise BadInput(f'{page.name} has an image that is not {h} x {w} codes below {tokenizer.vocab_size:,}; make its codes with this image tokenizer (insert_codes)')
+    about = dict(image_tokenizer=tokenizer.fingerprint, codes=tokenizer.vocab_size, grid=[h, w], px=px, seed=seed, sources=list(sources), pages=dict(train=len(train), test=len(test)))
+    def fill(beside):
+        save_pages(train, beside/'train.jsonl'); save_pages(test, beside/'test.jsonl')
+        write_atomic(beside/'corpus.json', json.dumps(about, indent=1, ensure_ascii=False) + '\n')
+    return write_folder(folder, fill)
+
+# %% ../nbs/15a_minimal_html.ipynb #a5d70f1e
+def corpus_row(
+    pages: list[Page],    # with codes in `src`
+    unique: int,          # image files that differ
+    text_tokenizer,       # counts the words and the markup
+) -> dict:
+    "A row of Table 1, and what it is the sum of; a code is a token"
+    words = 0
+    for start in range(0, len(pages), 256):
+        words += sum(map(len, text_tokenizer([re.sub(r' src="[\d ]+"', ' src=""', page.html) for page in pages[start:start + 256]], add_special_tokens=False)['input_ids']))
+    codes = sum(len(src.split()) for page in pages for src in page.images)
+    return dict(documents=len(pages), megabytes=sum(len(page.html.encode()) for page in pages) / 1e6, unique_images=unique, tokens=words + codes, images=sum(len(page.images) for page in pages),
+                with_images=sum(bool(page.images) for page in pages), text_tokens=words, image_tokens=codes)
+
+# %% ../nbs/15a_minimal_html.ipynb #56ec5b8e
+def _said(counts): return ', '.join(f'{n:,} {reason}' for reason, n in Counter(counts).most_common())
+
+def make_corpus(
+    source: str | Path,       # as for `Pages`
+    out: str | Path,          # as for `save_corpus`
+    px: int = 64,             # side of an image, pixels
+    image_tokenizer: str = 'bundled',  # as for `load_image_tokenizer`
+    test: float = .1,         # as for `split_pages`
+    drop: str | None = None,  # an XPath of elements that go as well
+    urls: bool = False,       # whether to ask the network for addresses of images
+    seed: int = 0,            # of the crops and of the split
+) -> dict:                    # `corpus_row`, and folder, train, test, copies (left out), skipped (pages, by reason), lost (images, by reason)
+    "Pages to a corpus, with a bar that says how long it takes; `BadInput` where no page is left"
+    new_folder(out); split_pages([], test)                                      # said before the work
+    pages, tokenizer, seen, coded, lost = Pages(source, drop), load_image_tokenizer(image_tokenizer), set(), [], Counter()
+    tokenizer.grid(px)
+    with tqdm(total=pages.total, desc=pages.source.name, unit='B' if pages.warc else 'page', unit_scale=pages.warc, ascii=True, mininterval=2) as bar:
+        for page in pages:
+            coded.append(replace(insert_codes(page, tokenizer, px, seed, urls, seen=seen), crawled=None)); bar.update(pages.read - bar.n)
+            lost.update({reason.removeprefix('image: '): n for reason, n in coded[-1].counts.items() if reason.startswith('image: ')})
+        bar.update(pages.total - bar.n)
+    if not coded: raise BadInput(f'source {str(source)!r} has no page to keep ({_said(pages.skipped) or "no HTML in it"}); give pages with text')
+    sides = split_pages([page.text for page in coded], test, seed)
+    train, held = ([page for page, its in zip(coded, sides) if its == side] for side in ('train', 'test'))
+    folder = save_corpus(out, train, held, tokenizer, px, seed, [pages.source.name])
+    return corpus_row(coded, len(seen), load_text_tokenizer('bundled')) | dict(folder=str(folder), train=len(train), test=len(held), copies=sides.count(None), skipped=dict(pages.skipped), lost=dict(lost))

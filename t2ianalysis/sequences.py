@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'LAYOUTS', 'Kind', 'Vocab', 'document', 'read_document', 'documents', 'Batch', 'collate', 'by_length',
-           'text_fingerprint', 'Ragged', 'caption_ids', 'order', 'Sequences', 'Prose']
+           'text_fingerprint', 'Ragged', 'kept_rows', 'caption_ids', 'order', 'Sequences', 'Prose']
 
 # %% ../nbs/02_sequences.ipynb #50b52d6f
 from .data import BadInput, nearest
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from itertools import chain, groupby, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -232,38 +233,48 @@ def _whole(file):
     with file.open('rb') as f: return f.read(32) == hashlib.file_digest(f, 'sha256').digest()
 
 # %% ../nbs/02_sequences.ipynb #b21d794c
-def _write_caption_ids(file, store, tokenizer):
+def _write_rows(file, n, blocks, noun, shown):
     "The checksum, int32 lengths, int32 tokens; written block by block beside, renamed when all is there."
-    n, done, beside = len(store), 0, file.with_name(f'.{file.name}.partial')
+    done, beside = 0, file.with_name(f'.{file.name}.partial')
     try:
-        with beside.open('w+b') as f, tqdm(total=n, desc='captions', unit='caption', disable=n <= 10_000, mininterval=2, ascii=True) as bar:
+        with beside.open('w+b') as f, tqdm(total=n, desc=f'{noun}s', unit=noun, disable=not shown, mininterval=2, ascii=True) as bar:
             f.truncate(32 + 4 * n)
-            for ids in _in_blocks(tokenizer, store.captions):
+            for ids in blocks:
                 lengths, tokens = _flat(ids)
                 f.seek(32 + 4 * done); f.write(lengths.tobytes())
                 f.seek(0, os.SEEK_END); f.write(tokens.tobytes())
                 done += len(ids)
                 bar.update(len(ids))
-            if done != n: raise BadInput(f'{store.folder} holds {done:,} captions for {n:,} images; delete the folder and tokenise again.')
+            if done != n: raise BadInput(f'{file.parent} holds {done:,} {noun}s for {n:,} {"images" if noun == "caption" else "lines"}; delete the folder and tokenise again.')
             f.seek(32); digest = hashlib.file_digest(f, 'sha256').digest()
             f.seek(0); f.write(digest); f.flush(); os.fsync(f.fileno())
         os.replace(beside, file)
     finally: beside.unlink(missing_ok=True)
 
 # %% ../nbs/02_sequences.ipynb #c237ca66
+def kept_rows(
+    file: Path,
+    n: int,  # rows
+    blocks: Iterator[list[list[int]]],  # the rows, some at a time; read only if the file is not whole
+    noun: str,  # what a row is, for the bar and for messages
+    shown: bool,  # show the bar
+) -> Ragged:  # int32
+    "Rows of tokens kept in a file, written when it is not there or not whole; memory holds what is read and 8 bytes a row."
+    try:
+        if not _whole(file):
+            with FileLock(file.with_suffix('.lock')):  # a second process waits, then takes what the first one made
+                if not _whole(file): _write_rows(file, n, blocks, noun, shown)
+    except OSError as e: raise BadInput(f'the {noun}s of {file.parent} cannot be kept there as tokens ({e.strerror or e}); make room, or make the folder writable.') from e
+    raw = np.asarray(np.memmap(file, dtype=np.int32, mode='r', offset=32))
+    return Ragged(raw[n:], raw[:n])
+
 def caption_ids(
     store: TokenStore,
     tokenizer,  # a Hugging Face text tokenizer
 ) -> Ragged:  # int32 token ids of each caption, no special tokens
-    "The store's captions under a text tokenizer, from the cached file when it is whole; memory holds what is read and 8 bytes a caption."
-    file, n = store.folder/f'captions-{store.fingerprint[:8]}-{text_fingerprint(tokenizer)}.bin', len(store)
-    try:
-        if not _whole(file):
-            with FileLock(file.with_suffix('.lock')):  # a second process waits, then takes what the first one made
-                if not _whole(file): _write_caption_ids(file, store, tokenizer)
-    except OSError as e: raise BadInput(f'the captions of {store.folder} cannot be kept there as tokens ({e.strerror or e}); make room, or make the folder writable.') from e
-    raw = np.asarray(np.memmap(file, dtype=np.int32, mode='r', offset=32))
-    return Ragged(raw[n:], raw[:n])
+    "The store's captions under a text tokenizer, kept in its folder."
+    file = store.folder/f'captions-{store.fingerprint[:8]}-{text_fingerprint(tokenizer)}.bin'
+    return kept_rows(file, len(store), _in_blocks(tokenizer, store.captions), 'caption', len(store) > 10_000)
 
 # %% ../nbs/02_sequences.ipynb #cd1ea6de
 @lru_cache(maxsize=2)

@@ -85,6 +85,7 @@ from t2ianalysis.models import (
     seed_of,
     widen,
 )
+from .pages import Hypertext, is_corpus, read_corpus
 from .sequences import LAYOUTS, Batch, Kind, Prose, Sequences, Vocab, by_length, collate, order
 from .tokenizers import load_image_tokenizer, tokenize_captions
 
@@ -96,16 +97,17 @@ class Config:
     lm: str = 'bundled'             # language model: 'bundled', 'smollm2-135m', a folder or a hub name
     init: str = 'pretrained'        # its weights: 'pretrained', 'random' (transformers) or 'open_lm'
     image_tokenizer: str = 'bundled'  # 'bundled', a folder or a hub name
-    data: str = 'openclipart'       # captioned images, as `load_captions` takes them
+    data: str = 'openclipart'       # captioned images, as `load_captions` takes them, or pages, as `read_corpus` does
     px: int = 64                    # side of the images in pixels
-    pairs: int = 0                  # training pairs at most; 0: all
-    layout: str = 'text-image'      # 'text-image', 'image' or one of `masking.MASKINGS`, such as 'causally-masked'
+    pairs: int = 0                  # training pairs (of pages: documents) at most; 0: all
+    layout: str = 'text-image'      # 'text-image' or 'image'; of pages 'document'; of both one of `masking.MASKINGS`, such as 'causally-masked'
     length: int = 160               # tokens a sequence at most
     steps: int = 240                # optimizer steps
     batch: int = 16                 # sequences a step, over all processes and accumulation
     accumulation: int = 1           # parts that a process's share of the batch is computed in
     lr: float = 1e-3                # peak learning rate, AdamW
-    warmup: int = 20                # steps of linear warm-up before the cosine
+    warmup: int = 20                # steps of linear warm-up
+    schedule: str = 'cosine'        # after it to zero: 'cosine', or 'polynomial' of power 1, a straight line
     weight_decay: float = 0.1       # on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
@@ -113,7 +115,7 @@ class Config:
     precision: str = 'fp32'         # 'fp32' or 'bf16'
     seed: int = 0                   # names the order of the data, new rows and random weights
     eval_every: int = 30            # steps between evaluations
-    eval_pairs: int = 256           # validation pairs
+    eval_pairs: int = 256           # validation pairs, or documents
     checkpoint_every: int = 60      # steps between checkpoints
     trainable: str = 'all'          # what is trained: a key of `models.RULES`
     rows: str = 'random'            # rows of the image codes at the start: 'random', or a safetensors file with `rows` (codes, d), as `alignment` writes it
@@ -141,6 +143,16 @@ PRESETS = dict(
     paper=Config(preset='paper', lm='models/open_lm-1b', image_tokenizer='models/movqgan-270m', data='data/pairs', px=256, length=1152, steps=100_000, batch=868, lr=3e-4,
                  warmup=2_000, precision='bf16', eval_every=1_000, eval_pairs=10_000, checkpoint_every=1_000),
 )
+_cm3 = dict(px=256, length=2048, layout='causally-masked', init='random', image_tokenizer='models/vqgan-f16-1024', data='data/pages', batch=1920, steps=55_000, warmup=1_500, schedule='polynomial',
+            beta2=0.98, weight_decay=0.01, precision='bf16', eval_every=1_000, eval_pairs=10_000, checkpoint_every=1_000)
+_pages = dict(layout='causally-masked', warmup=20, schedule='polynomial', beta2=0.98, weight_decay=0.01)
+PRESETS |= {
+    'cm3-smoke': Config(preset='cm3-smoke', data='gimp-help-sample', length=192, pairs=64, steps=6, batch=4, eval_every=3, eval_pairs=8, checkpoint_every=2, **_pages | dict(warmup=2)),
+    'cm3-laptop': Config(preset='cm3-laptop', data='gimp-help', length=512, batch=8, steps=120, eval_every=20, eval_pairs=64, **_pages),
+    'cm3-125m': Config(preset='cm3-125m', lm='cm3-125m', lr=6e-4, **_cm3), 'cm3-800m': Config(preset='cm3-800m', lm='cm3-800m', lr=2.5e-4, **_cm3),
+    'cm3-2.7b': Config(preset='cm3-2.7b', lm='cm3-2.7b', lr=1.6e-4, shard=True, **_cm3),
+    'cm3-13b': Config(preset='cm3-13b', lm='cm3-13b', lr=1e-4, shard=True, checkpointing=True, **_cm3 | dict(batch=3072, steps=35_000)),
+}
 
 # %% ../nbs/04_training.ipynb #09d3ff2e
 def make_config(
@@ -175,7 +187,7 @@ def check_config(
         if not getattr(config, name) > 0: raise BadInput(f'{name}={getattr(config, name)} must be above zero.')
     for name in ('pairs', 'warmup', 'weight_decay', 'seed', 'keep'):
         if not getattr(config, name) >= 0: raise BadInput(f'{name}={getattr(config, name)} must be zero or more.')
-    for name, options in (('precision', ('fp32', 'bf16')), ('layout', (*LAYOUTS, *MASKINGS)), ('init', INITS), ('trainable', tuple(RULES))):
+    for name, options in (('precision', ('fp32', 'bf16')), ('schedule', ('cosine', 'polynomial')), ('layout', (*LAYOUTS, 'document', *MASKINGS)), ('init', INITS), ('trainable', tuple(RULES))):
         value = getattr(config, name)
         if value not in options: raise BadInput(f'{name}={value!r} is unknown; give one of {", ".join(options)}.{nearest(value, options)}')
     for name in ('caption_dropout', 'prose_share', 'beta1', 'beta2'):
@@ -224,9 +236,10 @@ def prepare(
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     tokenizer.model.to(device)
     limits = dict(train=config.pairs or None, validation=config.eval_pairs)
-    stores = {split: tokenize_captions(captions_of(config, split, limit), tokenizer, progress=progress) for split, limit in limits.items()}
-    train, valid, prose = _rows(config, stores, text, architecture.vocab_size)
-    found = dict(train=stores['train'].fingerprint, validation=stores['validation'].fingerprint, lm=lm)
+    if is_corpus(config.data): train, valid = _pages_of(config, tokenizer, limits.values(), text, architecture.vocab_size)
+    else: train, valid = _pairs_of(config, [tokenize_captions(captions_of(config, split, limit), tokenizer, progress=progress) for split, limit in limits.items()], text, architecture.vocab_size)
+    train, valid, prose = _masked(config, train, valid, text)
+    found = dict(train=_fingerprint(train), validation=_fingerprint(valid), lm=lm)
     if prose: found['prose'] = prose.fingerprint
     if config.rows != 'random': found['rows'] = hashlib.sha256(_rows_file(config).read_bytes()).hexdigest()
     return Material(train, valid, prose, found)
@@ -239,7 +252,7 @@ def _rows_file(config):
 
 # %% ../nbs/04_training.ipynb #917a793e
 NAMELESS = ('checkpoint_every', 'keep', 'checkpointing', 'compile', 'shard', 'rows', 'prose', 'captions', 'dedup', 'tracker')  # fields that do not decide the numbers, or whose content is in the fingerprint
-ADDED = dict(trainable='all', caption_dropout=0.0, prose_share=0.0)  # fields of later versions, at the value that says what was done before
+ADDED = dict(trainable='all', caption_dropout=0.0, prose_share=0.0, schedule='cosine')  # fields of later versions, at the value that says what was done before
 
 def run_id(
     config: Config,
@@ -256,9 +269,10 @@ def lr_at(
     config: Config,
     step: int,  # 0, 1, ... steps - 1
 ) -> float:
-    "Linear warm-up, then a cosine to zero."
+    "Linear warm-up, then a cosine or a straight line to zero."
     if step < config.warmup: return config.lr * (step + 1) / config.warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (1 - done if config.schedule == 'polynomial' else 0.5 * (1 + math.cos(math.pi * done)))
 
 # %% ../nbs/04_training.ipynb #4055f4f5
 def token_losses(
@@ -624,16 +638,32 @@ def batches_at(
     return int((length - 1).sum()), parts
 
 # %% ../nbs/04_training.ipynb #396698c3
-def _rows(config, stores, text, text_rows):
-    "Training pairs, validation pairs and prose; masked, where the layout says so, in a length that leaves room for the masks."
+def _pairs_of(config, stores, text, text_rows):
+    "Documents of one image each; masked ones in a length that leaves room for the masks."
     masking, layout, length = MASKINGS.get(config.layout), config.layout, config.length
+    if layout == 'document': raise BadInput(f"layout='document' is that of pages and data={config.data!r} are captioned images; set layout='text-image', or data to a folder of pages.")
     if masking: layout, length = 'text-image', config.length - masking.room()
-    try: train, valid = (Sequences(s, text, text_rows, length, layout) for s in stores.values())
+    try: return [Sequences(s, text, text_rows, length, layout) for s in stores]
     except BadInput as e: raise BadInput(f'layout={config.layout!r} keeps {masking.room()} of length={config.length} for masks: {e}') if masking and length < config.length else e from e
-    prose = Prose(load_prose(config.prose), text, length) if config.prose_share else None
+
+def _pages_of(config, tokenizer, limits, text, text_rows):
+    "Windows of pages, with room for the masks of any layout, so that arms of different layouts see the same windows."
+    corpus, room = read_corpus(config.data), max(m.room() for m in MASKINGS.values())
+    if config.layout in LAYOUTS: raise BadInput(f"layout={config.layout!r} is that of captioned images and data={config.data!r} are pages; set layout='document', or a masked one: {', '.join(MASKINGS)}.")
+    if corpus.image_tokenizer != tokenizer.fingerprint: raise BadInput(f'data={config.data!r} was made with another image tokenizer than {config.image_tokenizer!r}; make the pages again with it: t2i pages --image-tokenizer.')
+    if corpus.px != config.px: raise BadInput(f'px={config.px} but the images of data={config.data!r} were coded at {corpus.px}; set px={corpus.px}.')
+    if config.length <= room: raise BadInput(f'length={config.length} leaves no room for a page beside its masks; give more than {room}.')
+    return [Hypertext(corpus.folder/f'{side}.jsonl', text, text_rows, corpus.codes, config.length - room, limit) for side, limit in zip(('train', 'test'), limits, strict=True)]
+
+def _masked(config, train, valid, text):
+    "Training documents, validation documents and prose, masked where the layout says so."
+    masking = MASKINGS.get(config.layout)
+    prose = Prose(load_prose(config.prose), text, train.length) if config.prose_share else None
     if not masking: return train, valid, prose
     vocab = dataclasses.replace(train.vocab, masks=MASKS)
     return Masked(train, vocab, masking), Masked(valid, vocab, masking, 'validation'), prose and Masked(prose, vocab, masking, 'prose')
+
+def _fingerprint(rows): return rows.fingerprint if isinstance(getattr(rows, 'rows', rows), Hypertext) else rows.store.fingerprint
 
 def _masked_at(config, material, step, process, processes):
     "As `batches_at`, for masked documents: all of a step are made, as their lengths and what counts come with their draws."
