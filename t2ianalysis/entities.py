@@ -138,7 +138,7 @@ def recall(
                       'right title in the alias table': share(titles.aliases), f'right title among {k} candidates': share(lambda a: titles.candidates(a, k))})
 
 # %% ../nbs/06b_entities.ipynb #b57aca5c
-PROMPTS = {'masked': ('<a title="<mask:0>">{inner}</a>', '<mask:0>'), 'anchor': ('<a title="<mask:0>">{inner}</a>', '<mask:0>'), 'causal': ('<a title="', '')}  # the link, and what stands at the end
+PROMPTS = ('masked', 'anchor', 'causal')
 _ANY_LINK = re.compile(r'</?a(?=[\s>])[^>]*>')
 
 def _check_prompt(prompt, vocab):
@@ -180,15 +180,15 @@ def mention_prompt(
 ) -> list[int]:
     "The tokens before the title; `BadInput` where link and title alone exceed the context."
     _check_prompt(prompt, vocab)
-    link, end = (page_ids(vocab, tokenizer, part.format(inner=_ANY_LINK.sub('', mention.inner))) for part in PROMPTS[prompt])
-    room = length - len(link) - len(end) - longest
-    if room < 0: raise BadInput(f'the candidates of {mention.anchor!r} have up to {longest} tokens, which with the link exceed the context of {length}; shorten them by {-room} tokens, or raise length.')
-    before, after = (page_ids(vocab, tokenizer, html) for html in _sides(mention, room))
-    if prompt != 'masked': after = after[:0]
-    left = min(len(before), max(room // 2, room - len(after)))
+    masks, opening, closing = [vocab.mask] * (prompt != 'causal'), '<a title="', '' if prompt == 'causal' else f'">{_ANY_LINK.sub("", mention.inner)}</a>'
+    least, room = [len(page_ids(vocab, tokenizer, part)) for part in (opening, closing)], length - 2 * len(masks) - longest
+    if room < sum(least): raise BadInput(f'the candidates of {mention.anchor!r} have up to {longest} tokens, which with the link exceed the context of {length}; shorten them by {sum(least) - room} tokens, or raise length.')
+    before, after = _sides(mention, room)
+    before, after = page_ids(vocab, tokenizer, before + opening), page_ids(vocab, tokenizer, closing + after * (prompt == 'masked'))
+    left = min(len(before), max(room // 2, room - len(after), least[0]), room - least[1])
     if left < len(before): before = _trimmed(vocab, before[len(before) - left:], 'before')
     if room - left < len(after): after = _trimmed(vocab, after[:room - left], 'after')
-    return [*before.tolist(), *link.tolist(), *after.tolist(), *end.tolist()]
+    return [*before.tolist(), *masks, *after.tolist(), *masks]
 
 # %% ../nbs/06b_entities.ipynb #95247249
 def _caches(model): return 'past_key_values' in inspect.signature(model.forward).parameters
@@ -208,7 +208,7 @@ def loglikelihoods(
     prompt: Sequence[int],  # tokens of the prompt
     targets: Sequence[Sequence[int]],  # tokens of each continuation
     cache: bool = True,  # read the prompt once; without it the numbers are the same and take longer
-    batch: int = 64,  # continuations at once
+    batch: int = 16,  # continuations at once
 ) -> torch.Tensor:  # float64 (N,), nats
     "log p(continuation | prompt) of each, summed over its tokens."
     if not len(targets) or not all(map(len, targets)) or not len(prompt): raise BadInput('candidates are empty; give at least one title, and a prompt to score it behind.')
@@ -219,12 +219,13 @@ def loglikelihoods(
         if cache and _caches(model):
             past = DynamicCache(config=model.config)
             past = past, model(input_ids=prompt, past_key_values=past, use_cache=True, logits_to_keep=1).logits
+        order = sorted(range(len(targets)), key=lambda i: len(targets[i]))      # little padding
         for i in range(0, len(targets), batch):
-            some = [torch.as_tensor(t, device=model.device) for t in targets[i:i + batch]]
+            some = [torch.as_tensor(targets[j], device=model.device) for j in order[i:i + batch]]
             rows = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-1)
             logp = _logits(model, prompt, rows.clamp(min=0), past).float().log_softmax(-1).gather(2, rows.clamp(min=0)[..., None])[..., 0]
             out.append((logp * (rows >= 0)).double().sum(1).cpu())
-    return torch.cat(out)
+    return torch.cat(out)[torch.tensor(order).argsort()]
 
 # %% ../nbs/06b_entities.ipynb #f1630fb9
 def score_candidates(
@@ -235,7 +236,7 @@ def score_candidates(
     candidates: Sequence[Sequence[str]],  # titles for each mention
     prompt: str = 'masked',  # one of `PROMPTS`
     length: int | None = None,  # tokens a sequence may have; None: the model's positions
-    cache: bool = True,  # as for `loglikelihoods`
+    batch: int = 16,  # candidates at once
     progress: bool = False,  # show a bar with the time left
 ) -> pd.DataFrame:  # a row a candidate: mention (its number), page, anchor, gold, candidate, logp (nats), tokens
     "The score of every candidate of every mention."
@@ -244,7 +245,7 @@ def score_candidates(
         if not len(some): raise BadInput(f'the candidates of {m.anchor!r} are empty; give at least one title.')
         targets = [title_ids(vocab, tokenizer, title, prompt) for title in some]
         asked = mention_prompt(vocab, tokenizer, m, length, max(map(len, targets)), prompt)
-        for title, ids, logp in zip(some, targets, loglikelihoods(model, asked, targets, cache).tolist(), strict=True):
+        for title, ids, logp in zip(some, targets, loglikelihoods(model, asked, targets, batch=batch).tolist(), strict=True):
             rows.append((i, m.page, m.anchor, m.title, title, logp, len(ids)))
     return pd.DataFrame(rows, columns=['mention', 'page', 'anchor', 'gold', 'candidate', 'logp', 'tokens'])
 
@@ -324,7 +325,7 @@ def generate_titles(
     n, pad, close = len(asked), vocab.special('<pad>'), next(iter(by_ids))[-1]
     ids = torch.tensor([asked], device=model.device)
     with evaluating(model):
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=beams, num_return_sequences=beams, do_sample=False, max_new_tokens=longest, length_penalty=0., early_stopping=False,
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=beams, num_return_sequences=beams, do_sample=False, max_new_tokens=longest, **(dict(length_penalty=0.) if beams > 1 else {}),
                                eos_token_id=close, pad_token_id=pad, prefix_allowed_tokens_fn=lambda _, row: trie.after(row[n:].tolist()) or [pad])
     rows = (tuple(i for i in row if i != pad) for row in found[:, n:].tolist())
     kept = list(dict.fromkeys(row for row in rows if row in by_ids))            # a beam that had no way left is none

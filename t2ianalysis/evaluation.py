@@ -12,9 +12,11 @@ __all__ = ['ELEVEN', 'OWN', 'SHARD', 'PLAIN', 'Listed', 'jeopardy_task', 'questi
 from .data import BadInput, Captions, cache_path, nearest, read_json, read_yaml, work_path, write_atomic
 from .forgetting import Question, cloze_questions, in_context_questions
 from .generation import Backbone, Painter, Sampling, image_features, load_painter, rerank, sample_prompts
+from .masking import MASKINGS, MASKS
 from .models import fingerprint_lm, lm_path, load_config, load_lm, load_text_tokenizer, seed_of, widen
+from .pages import is_corpus
 from .plots import THEME
-from .sequences import SPECIALS, Vocab
+from .sequences import Vocab
 from .training import Config, kept, load_run, place_rows, run_config
 
 # %% ../nbs/18_evaluation.ipynb #a381eee0
@@ -218,8 +220,9 @@ def subject(
         home = work_path('evaluations', f'{re.sub(r"[^A-Za-z0-9.-]+", "_", Path(str(model)).name or "model")}-{hashlib.sha256(json.dumps(fingerprint_lm(str(model))).encode()).hexdigest()[:8]}')
         return Subject(str(model), home, {0: path}, load_text_tokenizer(str(model)))
     weights, text = kept(folder), load_config(config.lm).vocab_size
-    rows = load_config(str(next(iter(weights.values())))).vocab_size
-    return Subject(folder.name, folder, {0: None, **weights}, load_text_tokenizer(config.lm), Vocab(text, rows - text - len(SPECIALS)), config)
+    rows, masks = load_config(str(next(iter(weights.values())))).vocab_size, MASKS if config.layout in MASKINGS else 0
+    codes = rows - Vocab(text, 0, masks).size                                    # what is neither text nor a special, mask or end token
+    return Subject(folder.name, folder, {0: None, **weights}, load_text_tokenizer(config.lm), Vocab(text, codes, masks), config)
 
 # %% ../nbs/18_evaluation.ipynb #ce09c729
 def protocol_id(
@@ -517,6 +520,7 @@ def drawn_tally(
 def _check_fid(painter, reference, eye, count, candidates):
     if count <= eye.num_features: raise BadInput(f'count={count:,} is too few for the {eye.num_features:,} features of {eye.name!r}; give {eye.num_features + 1:,} or more, 30000 for a number to report.')
     if not isinstance(candidates, int) or candidates < 1: raise BadInput(f'candidates={candidates!r} is no number of images; give 1 or more.')
+    if is_corpus(painter.config.data): raise BadInput(f'run {painter.folder.name!r} was trained on pages, whose images are drawn by prompts of HTML (module prompting); give a run on captioned images.')
     if reference.px != painter.config.px: raise BadInput(f'px={reference.px} of the real images is not the {painter.config.px} of run {painter.folder.name!r}; open the source with px={painter.config.px}.')
 
 def fid_protocol(captions, reference, eye, count, seed, sampling, candidates) -> dict:

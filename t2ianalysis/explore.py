@@ -33,10 +33,12 @@ from tqdm import tqdm
 from .alignment import Aligned, input_rows, nearest_tokens
 from .analysis import advantage, curves, ema, interval, paired
 from .data import BadInput, nearest, read_json, work_path
+from .masking import MASKINGS, MASKS, images_of, unmask
 from .models import evaluating, load_config, load_lm, load_text_tokenizer
+from .pages import is_corpus, read_corpus
 from .plots import KINDS as TITLES
 from .plots import NAMES, THEME
-from .sequences import SPECIALS, Kind, text_fingerprint
+from .sequences import SPECIALS, Kind, Vocab, text_fingerprint
 from .tokenizers import TokenStore, VQTokenizer, load_image_tokenizer
 from .training import KINDS, LOGS, Config, kept, load_runs, prepare, run_config, run_id, token_losses
 
@@ -63,7 +65,8 @@ def code_rows(
         weights = kept(folder) if config else {0: folder}
         table, lm = load_lm(str(weights[max(weights)])).get_input_embeddings().weight.detach(), config.lm if config else str(folder)
         n = load_config(lm).vocab_size if config else max(0, len(table) - codes - len(SPECIALS))
-        rows, text = table[n + len(SPECIALS):], table[:n]
+        masks = config and config.layout in MASKINGS and MASKS + 1               # rows of mask and end tokens
+        rows, text = table[n + len(SPECIALS):len(table) - masks if masks else None], table[:n]
     if len(rows) != codes or not len(text):
         raise BadInput(f'run {folder.name!r} has rows for {len(rows):,} codes, the image tokenizer has {codes:,}; give a run on the codes of this image tokenizer.')
     return rows, text, load_text_tokenizer(lm)
@@ -384,6 +387,7 @@ class Reader:
             raise BadInput(f'the {split} data of run {folders[0].name!r} are no longer what it was trained with; put its data and image tokenizer back.')
         self.data, self.names = material.valid if split == 'validation' else material.train, _names(folders)
         self.text, self.tokenizer = load_text_tokenizer(configs[0].lm), load_image_tokenizer(configs[0].image_tokenizer)
+        self.grid = read_corpus(configs[0].data).grid if is_corpus(configs[0].data) else self.data.store.grid
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.models = [load_lm(str(w[max(w)])).to(device) for w in weights]
         self.read = lru_cache(256)(lambda number: _read(self, number))
@@ -394,22 +398,29 @@ class Reader:
 @dataclass
 class Reading:
     "One sequence as the arms read it."
-    number: int           # of the pair
-    caption: str
-    picture: np.ndarray   # uint8 (H, W, 3), decoded from the codes
-    grid: tuple           # rows, columns of codes
+    number: int           # of the pair, or of the document
+    caption: str          # of a page: its name
+    pictures: list        # of uint8 (H, W, 3), decoded from the codes
+    places: list          # of int (h, w), by picture: the row of the table that predicts each code
     arms: list            # names of the runs
-    table: pd.DataFrame   # a row a prediction: token, kind, label, label_kind, then nats by arm
+    table: pd.DataFrame   # a row a prediction: token, kind, label, label_kind, then nats by arm; NaN where a mask token comes, which is not predicted
 
-    @property
-    def maps(self) -> list:  # of float (h, w), by arm
+    def maps(self, picture: int = 0) -> list:  # of float (h, w), by arm
         "Loss of each code, where it lies in the image."
-        return [self.table.loc[self.table.label_kind == 'image', arm].to_numpy().reshape(self.grid) for arm in self.arms]
+        return [self.table[arm].to_numpy()[self.places[picture]] for arm in self.arms]
+
+def _image_places(vocab, ids, kinds, grid):
+    "Where the codes of each whole image stand in a row, also of one that masks have taken apart: int (n, h, w)."
+    sentinel, lone = ids >= vocab.mask, Vocab(len(ids), 0, vocab.masks)
+    document = unmask(lone, np.where(sentinel, ids - vocab.mask + lone.mask, np.arange(len(ids))))
+    runs = [document[a:b].reshape(grid) for a, b in images_of(kinds[document]) if b - a == grid[0] * grid[1]]
+    return np.array(runs, np.int64).reshape(-1, *grid)
 
 def _said(reader, ids, kinds):
     "Tokens as they read: text, special tokens by name, codes by number."
     vocab = reader.data.vocab
-    say = {Kind.TEXT: lambda i: reader.text.decode([i]), Kind.IMAGE: lambda i: str(i - vocab.image), Kind.SPECIAL: lambda i: SPECIALS[i - vocab.text]}
+    say = {Kind.TEXT: lambda i: reader.text.decode([i]), Kind.IMAGE: lambda i: str(i - vocab.image), Kind.SPECIAL: lambda i: SPECIALS[i - vocab.text],
+           Kind.MASK: lambda i: f'<mask:{i - vocab.mask}>', Kind.END: lambda i: '<end>'}
     return [say[k](i) for i, k in zip(ids, kinds)]
 
 # %% ../nbs/20_explore.ipynb #0d942c1a
@@ -418,60 +429,70 @@ def _read(reader, number):
     if not 0 <= number < len(reader.data): raise BadInput(f'number={number} is not there; give a sequence from 0 to {len(reader.data) - 1:,}.')
     batch, losses = reader.data.batch([number]), {}
     for name, model in zip(reader.names, reader.models):
-        with evaluating(model): losses[name] = token_losses(model, batch.to(model.device))[0].cpu().numpy()
-    kinds = batch.kind[0].tolist()
-    said, names = _said(reader, batch.ids[0].tolist(), kinds), [Kind(k).name.lower() for k in kinds]
+        with evaluating(model): losses[name] = token_losses(model, batch.to(model.device))[0].cpu().masked_fill(~batch.counts[0], torch.nan).numpy()
+    ids, kinds = batch.ids[0].numpy(), batch.kind[0].numpy()
+    said, names = _said(reader, ids.tolist(), kinds.tolist()), [Kind(k).name.lower() for k in kinds]
     table = pd.DataFrame(dict(token=said[:-1], kind=names[:-1], label=said[1:], label_kind=names[1:]) | losses)
-    grid = reader.data.store.grid
-    codes = torch.from_numpy(np.array(reader.data.store.codes[number], np.int64)).view(1, *grid)
-    return Reading(number, reader.data.store.captions[number], reader.tokenizer.decode(codes)[0].numpy(), grid, reader.names, table)
+    places = _image_places(reader.data.vocab, ids, kinds, reader.grid)
+    pictures = list(reader.tokenizer.decode(torch.from_numpy(ids[places] - reader.data.vocab.image)).numpy()) if len(places) else []
+    rows = getattr(reader.data, 'rows', reader.data)                             # without masks
+    about = rows.store.captions[number] if hasattr(rows, 'store') else rows.name(number)
+    return Reading(number, about, pictures, list(places - 1), reader.names, table)
 
 def read_sequence(
     reader: Reader,
-    number: int,  # of a pair
+    number: int,  # of a pair or document
 ) -> Reading:
     "One sequence: its tokens, kinds and labels, and what each arm pays for each label (nats)."
     return reader.read(number)
 
 # %% ../nbs/20_explore.ipynb #dc2a383d
 def _bars(ax, reading):
-    "Loss of the labels that are not image codes, by arm."
-    rows = reading.table[reading.table.label_kind != 'image']
+    "Loss of the labels that are not image codes, by arm; of a long sequence, the first."
+    table = reading.table[~reading.table.label_kind.isin(('image', 'mask'))]
+    rows = table[:48]
+    if len(rows) < len(table): ax.set_title(f'the first {len(rows)} of {len(table):,} tokens that are not codes', fontsize=7.5)
     x, width = np.arange(len(rows)), .8 / len(reading.arms)
     for i, (arm, colour) in enumerate(zip(reading.arms, (_A, _B))): ax.bar(x + (i - (len(reading.arms) - 1) / 2) * width, rows[arm], width, color=colour, label=arm)
     ax.set_xticks(x, [t.strip() or '␣' for t in rows.label], rotation=40, ha='right', fontsize=7)
     ax.set_ylabel('nats')
     ax.legend(frameon=False, fontsize=7.5, ncols=2, loc='upper right')
 
+def _panels(top, r, picture):
+    "The image and the maps of its codes."
+    maps, panels = r.maps(picture), top.subplots(1, 2 + len(r.arms) - (len(r.arms) < 2))
+    _tile(panels[0], r.pictures[picture], textwrap.shorten(r.caption, 32, placeholder=' …'))
+    high = max(m.max() for m in maps)
+    drawn = [(name, m, 'magma', 0, high) for name, m in zip(r.arms, maps)]
+    if len(r.arms) == 2: drawn.append(('difference', gap := maps[0] - maps[1], 'PuOr', -abs(gap).max(), abs(gap).max()))
+    for ax, (name, m, colours, low, high) in zip(panels[1:], drawn):
+        _tile(ax, m, f'{name}: {m.mean():{"+.2f" if name == "difference" else ".2f"}}', cmap=colours, clim=(low, high))
+        top.colorbar(ax.images[0], ax=ax, shrink=.7, aspect=12).ax.tick_params(labelsize=6, length=2)
+
+# %% ../nbs/20_explore.ipynb #7db433eb
 def sequence_figure(
     reader: Reader,
-    number: int = 0,  # of a pair
+    number: int = 0,  # of a pair or document
+    picture: int = 0,  # of the images of a page; a page without one has its tokens alone
 ) -> plt.Figure:
-    "The image, what each arm pays for its codes, the difference; below, the caption's tokens."
+    "The image, what each arm pays for its codes, the difference; below, the tokens of caption or page."
     r = read_sequence(reader, number)
+    if r.pictures and not 0 <= picture < len(r.pictures): raise BadInput(f'picture={picture} is not there; give an image of the sequence from 0 to {len(r.pictures) - 1}.')
     with mpl.rc_context(THEME):
         fig = plt.figure(figsize=(7.2, 3.7))
-        top, bottom = fig.subfigures(2, 1, height_ratios=[1.15, 1])
-        panels = top.subplots(1, 2 + len(r.arms) - (len(r.arms) < 2))
-        _tile(panels[0], r.picture, textwrap.shorten(r.caption, 32, placeholder=' …'))
-        high = max(m.max() for m in r.maps)
-        drawn = [(name, m, 'magma', 0, high) for name, m in zip(r.arms, r.maps)]
-        if len(r.arms) == 2: drawn.append(('difference', gap := r.maps[0] - r.maps[1], 'PuOr', -abs(gap).max(), abs(gap).max()))
-        for ax, (name, m, colours, low, high) in zip(panels[1:], drawn):
-            _tile(ax, m, f'{name}: {m.mean():{"+.2f" if name == "difference" else ".2f"}}', cmap=colours, clim=(low, high))
-            top.colorbar(ax.images[0], ax=ax, shrink=.7, aspect=12).ax.tick_params(labelsize=6, length=2)
+        top, bottom = fig.subfigures(2, 1, height_ratios=[1.15, 1]) if r.pictures else (None, fig)
+        if r.pictures: _panels(top, r, picture)
         _bars(bottom.subplots(), r)
         plt.close(fig)
     return fig
 
 # %% ../nbs/20_explore.ipynb #9dfd9229
 _MAPS_JS = '''
-const KIND = { special: '#888', text: '#e69f00', image: '#56b4e9' };
+const KIND = { special: '#888', text: '#e69f00', image: '#56b4e9', mask: '#d55e00', end: '#009e73' };
 const part = (t, style, tag = 'i', inside = '') => `<${tag} data-t="${t}" style="${style}"${tag === 'i' ? '' : ' class="chip"'}>${inside}</${tag}>`;
-const panel = (d, title, colour) => {                             // the image under a map of its codes
-  const [h, w] = d.grid, cell = n => part(d.first + n, `${box(Math.floor(n / w), n % w, h, w)};background:${colour(d.first + n)}`);
-  const cells = Array.from({ length: h * w }, (_, n) => cell(n)).join('');
-  return `<div class="panel"><div class="pic"><img src="${d.src}" alt="">${cells}</div><div class="soft">${safe(title)}</div></div>`;
+const panel = (d, p, title, colour) => {                          // an image under a map of its codes
+  const [h, w] = d.grid, cell = (t, n) => part(t, `${box(Math.floor(n / w), n % w, h, w)};background:${colour(t)}`);
+  return `<div class="panel"><div class="pic"><img src="${d.srcs[p]}" alt="">${d.places[p].map(cell).join('')}</div><div class="soft">${safe(title)}</div></div>`;
 };
 const chip = (d, t, high) => {                                    // a bar for each run over the token
   const bar = (l, k) => `<b style="height:${Math.max(1, 56 * l[t] / high)}px;background:${[A, B][k]}"></b>`;
@@ -491,9 +512,9 @@ export default { render({ model, el }) {
   const which = $('which'), slide = $('slide'), at = $('maps').parentElement; let d, t = 0;
   const show = () => {
     at.querySelectorAll(`.at, [data-t="${t}"]`).forEach(e => e.classList.toggle('at', +e.dataset.t === t));
-    const pay = d.losses.map((l, i) => `<b style="color:${[A, B][i]}">${safe(d.arms[i])} ${l[t].toFixed(3)}</b>`).join(', ');
+    const pay = d.losses.map((l, i) => `<b style="color:${[A, B][i]}">${safe(d.arms[i])} ${l[t]?.toFixed(3)}</b>`).join(', ');
     const gap = d.losses[1] ? `, difference ${signed(d.losses[0][t] - d.losses[1][t])}` : '', what = `${d.kinds[t]} <b class="label">${safe(d.labels[t])}</b>`;
-    $('say').innerHTML = `${t + 1} of ${d.labels.length}: after <b>${safe(d.tokens[t])}</b> comes ${what} · ${pay}${gap} nats`;
+    $('say').innerHTML = `${t + 1} of ${d.labels.length}: after <b>${safe(d.tokens[t])}</b> comes ${what} · ${d.losses[0][t] === null ? 'not in the loss' : `${pay}${gap} nats`}`;
   };
   const go = to => { t = slide.value = within(to, d.labels.length); show(); };
   slide.addEventListener('input', () => go(+slide.value));
@@ -501,12 +522,13 @@ export default { render({ model, el }) {
   at.addEventListener('click', e => { const c = e.target.closest('[data-t]'); if (c) { go(+c.dataset.t); slide.focus({ preventScroll: true }); } });
   answer(model, $, data => {
     d = data; which.max = d.most; which.value = model.get('ask').number; slide.max = d.labels.length - 1;
-    const [a, b] = d.losses, gap = b ? a.map((x, i) => x - b[i]) : [], codes = l => l.slice(d.first, d.first + d.grid[0] * d.grid[1]);
-    const mean = l => codes(l).reduce((s, x) => s + x, 0) / codes(l).length;
+    const [a, b] = d.losses, gap = b ? a.map((x, i) => x - b[i]) : [], codes = l => d.places.flat().map(t => l[t]);
+    const mean = (l, p) => d.places[p].reduce((s, t) => s + l[t], 0) / d.places[p].length;
     const most = size(d.losses.flatMap(codes)), widest = size(codes(gap)), high = size(d.losses.flatMap(l => d.bars.map(i => l[i])));
-    const arm = (l, k) => panel(d, `${d.arms[k]}: mean ${mean(l).toFixed(3)}; full colour ${most.toFixed(1)} nats`, i => over(l[i] / most, [A, B][k]));
-    const more = i => over(Math.abs(gap[i]) / widest, gap[i] > 0 ? A : B), who = `who pays more: mean ${signed(mean(gap))}; full colour ±${widest.toFixed(1)} nats`;
-    $('maps').innerHTML = panel(d, d.caption, () => 'none') + d.losses.map(arm).join('') + (b ? panel(d, who, more) : '');
+    const arm = p => (l, k) => panel(d, p, `${d.arms[k]}: mean ${mean(l, p).toFixed(3)}; full colour ${most.toFixed(1)} nats`, i => over(l[i] / most, [A, B][k]));
+    const more = i => over(Math.abs(gap[i]) / widest, gap[i] > 0 ? A : B), who = p => `who pays more: mean ${signed(mean(gap, p))}; full colour ±${widest.toFixed(1)} nats`;
+    const image = (_, p) => `<div class="cols" style="flex:1 1 100%">${panel(d, p, d.caption, () => 'none') + d.losses.map(arm(p)).join('') + (b ? panel(d, p, who(p), more) : '')}</div>`;
+    $('maps').innerHTML = d.srcs.map(image).join('') || `<div class="soft">${safe(d.caption)}: no image here</div>`;
     $('strip').innerHTML = d.kinds.map((k, i) => part(i, `background:${KIND[k]}`)).join('');
     $('chips').innerHTML = d.bars.map(i => chip(d, i, high)).join(''); go(t);
   });
@@ -522,9 +544,9 @@ def sequence_widget(
     def answer(number):
         r = read_sequence(reader, number)
         t = r.table
-        inside = (t.label_kind == 'image').to_numpy()
-        return dict(src=_uri(r.picture), grid=list(r.grid), arms=r.arms, caption=r.caption, most=len(reader.data) - 1, tokens=list(t.token), labels=list(t.label),
-                    kinds=list(t.label_kind), losses=t[r.arms].round(4).T.to_numpy(float).tolist(), first=int(inside.argmax()), bars=np.flatnonzero(~inside).tolist())
+        losses = [[None if np.isnan(x) else x for x in row] for row in t[r.arms].round(4).T.to_numpy(float).tolist()]
+        return dict(srcs=[_uri(p) for p in r.pictures], places=[p.ravel().tolist() for p in r.places], grid=list(reader.grid), arms=r.arms, caption=r.caption, most=len(reader.data) - 1,
+                    tokens=list(t.token), labels=list(t.label), kinds=list(t.label_kind), losses=losses, bars=np.flatnonzero(~t.label_kind.isin(('image', 'mask'))).tolist())
     return _widget(_SEQUENCE_JS, answer, number=number)
 
 # %% ../nbs/20_explore.ipynb #6b67238d

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # %% ../nbs/06_generation.ipynb #cc6d9dae
+from .masking import MASKINGS, MASKS
 from .models import context_length, evaluating, generator, load_config, load_lm, load_text_tokenizer
 from .sequences import Kind, Vocab, collate, document
 from .tokenizers import load_image_tokenizer
@@ -137,7 +138,7 @@ def _draw(model, vocab, prompts, numbers, sampling, cache):
         new = past.get_seq_length() if cache else 0                            # the first position that the model has not read
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(input_ids=ids[:, new:], attention_mask=mask, position_ids=positions[:, new:], past_key_values=past, use_cache=cache, logits_to_keep=1)
-        logits = out.logits[:, -1, vocab.image:vocab.size].float()             # image codes alone
+        logits = out.logits[:, -1, vocab.image:vocab.mask].float()             # image codes alone
         code = pick(_guide(logits, sampling.guidance), uniform, sampling)
         ids = torch.cat([ids, (vocab.image + code).repeat(len(ids) // len(code))[:, None]], 1)
         mask = F.pad(mask, (0, 1), value=1)
@@ -436,7 +437,7 @@ def load_painter(
     step, device = max(weights) if step is None else step, 'cuda' if torch.cuda.is_available() else 'cpu'
     image = load_image_tokenizer(config.image_tokenizer, device)
     if not image.can_decode: raise BadInput(f'run {folder.name!r} has the image tokenizer {image.name!r}, which encodes only, so nothing can be painted; train with one that decodes.')
-    vocab = Vocab(load_config(config.lm).vocab_size, image.vocab_size)
+    vocab = Vocab(load_config(config.lm).vocab_size, image.vocab_size, MASKS if config.layout in MASKINGS else 0)
     model = load_lm(str(weights[step])).to(device)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows != vocab.size: raise BadInput(f'run {folder.name!r} has {rows:,} rows, but its language model and image tokenizer make {vocab.size:,}; they are not those it was trained with.')

@@ -6,7 +6,7 @@
 __all__ = ['MAX_PAGE', 'MAX_TAGS', 'MAX_ATTRIBUTES', 'decode_page', 'parse_page', 'dropped_as', 'kept_attributes', 'Page',
            'minimal_page', 'minimal_html', 'Pages', 'read_image', 'crop_image', 'page_images', 'write_codes',
            'insert_codes', 'near_groups', 'split_pages', 'save_pages', 'load_pages', 'save_corpus', 'corpus_row',
-           'make_corpus']
+           'said', 'make_corpus']
 
 # %% ../nbs/15a_minimal_html.ipynb #5abab4a4
 from .data import MAX_BYTES, MAX_PIXELS, BadInput, _open, decode_image, new_folder, write_atomic, write_folder
@@ -331,7 +331,7 @@ class _Crawled:
 def _public(ip: str) -> bool:
     "Whether an IP address is one of the public network: not private, loopback, link-local or reserved"
     ip = ipaddress.ip_address(ip.partition('%')[0])
-    return (ip := getattr(ip, 'ipv4_mapped', None) or ip).is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast
 
 class _PublicOnly(BaseHandler):
     "Looks at every request before it is sent, those of redirects too"
@@ -542,7 +542,11 @@ def corpus_row(
                 with_images=sum(bool(page.images) for page in pages), text_tokens=words, image_tokens=codes)
 
 # %% ../nbs/15a_minimal_html.ipynb #56ec5b8e
-def _said(counts): return ', '.join(f'{n:,} {reason}' for reason, n in Counter(counts).most_common())
+def said(
+    counts: dict,  # reason to number
+) -> str:
+    "What was left out, in words"
+    return ', '.join(f'{n:,} {reason}' for reason, n in Counter(counts).most_common())
 
 def make_corpus(
     source: str | Path,       # as for `Pages`
@@ -563,7 +567,7 @@ def make_corpus(
             coded.append(replace(insert_codes(page, tokenizer, px, seed, urls, seen=seen), crawled=None)); bar.update(pages.read - bar.n)
             lost.update({reason.removeprefix('image: '): n for reason, n in coded[-1].counts.items() if reason.startswith('image: ')})
         bar.update(pages.total - bar.n)
-    if not coded: raise BadInput(f'source {str(source)!r} has no page to keep ({_said(pages.skipped) or "no HTML in it"}); give pages with text')
+    if not coded: raise BadInput(f'source {str(source)!r} has no page to keep ({said(pages.skipped) or "no HTML in it"}); give pages with text')
     sides = split_pages([page.text for page in coded], test, seed)
     train, held = ([page for page, its in zip(coded, sides) if its == side] for side in ('train', 'test'))
     folder = save_corpus(out, train, held, tokenizer, px, seed, [pages.source.name])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PARTS', 'PUBLISHED_VQ', 'ASSUMED', 'VARIANTS', 'DEVICES', 'USUAL', 'MEASURED', 'RESERVE', 'SHAPES',
-           'architecture', 'skeleton', 'parameters_by_part', 'codes_of', 'captions_at_hand', 'sequence_widths',
-           'Planned', 'no_content', 'flops_per_token', 'Live', 'trace', 'memory_lines', 'hours', 'share_out', 'sharded',
-           'fit', 'check_memory', 'write_check', 'disk', 'data_plan', 'memory_plan', 'evaluation_peak', 'plan',
-           'plan_text']
+           'architecture', 'skeleton', 'parameters_by_part', 'codes_of', 'captions_at_hand', 'masks_of', 'of_pages',
+           'document_length', 'pages_at_hand', 'sequence_widths', 'Planned', 'no_content', 'flops_per_token', 'Live',
+           'trace', 'memory_lines', 'hours', 'share_out', 'sharded', 'fit', 'check_memory', 'write_check', 'disk',
+           'data_plan', 'memory_plan', 'evaluation_peak', 'plan', 'plan_text']
 
 # %% ../nbs/17_plan.ipynb #74627950
 import dataclasses
@@ -34,9 +34,11 @@ from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/17_plan.ipynb #3efd5f6e
 from .compute import CHUNK, Scored, chunk_rows, fast_cpu
-from .data import BadInput, cache_path, data_path, memory, nearest, write_atomic
-from .models import UNUSABLE, freeze, load_config, load_text_tokenizer, parts, trainable_table, trains
+from .data import BadInput, cache_path, data_path, memory, nearest, work_path, write_atomic
+from .masking import MASKINGS, MASKS, draw_n, rng_of
+from .models import CM3_SIZES, UNUSABLE, cm3_config, freeze, load_config, load_text_tokenizer, parts, trainable_table, trains
 from .open_lm import CONFIGS, stablelm_config
+from .pages import BUILT, Hypertext, is_corpus, read_corpus
 from .scale import store_bytes
 from .sequences import SPECIALS, Vocab, order
 from .tokenizers import load_image_tokenizer
@@ -47,16 +49,17 @@ PUBLISHED = {
     'open_lm-1b': stablelm_config(CONFIGS['open_lm_1b_old']).to_dict(),
     'smollm2-135m': dict(model_type='llama', vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
                          max_position_embeddings=8192, tie_word_embeddings=True),
-}
+} | {name: cm3_config(name, 50_257).to_dict() for name, (_, width, _) in CM3_SIZES.items() if width >= 768}  # with the text tokenizer of GPT-2
 
 def _on_disk(
     lm: str,  # as for `models.load_lm`
 ) -> bool:
     "Whether a language model's own files are here."
-    return cache_path('smollm2-135m', 'config.json').is_file() if lm == 'smollm2-135m' else lm == 'bundled' or os.path.isdir(os.path.expanduser(lm))
+    if lm == 'smollm2-135m': return cache_path('smollm2-135m', 'config.json').is_file()
+    return lm == 'bundled' or lm in CM3_SIZES and lm not in PUBLISHED or os.path.isdir(os.path.expanduser(lm))
 
 def architecture(
-    lm: str,  # 'bundled', 'smollm2-135m', a folder or a hub name; open_lm-1b need not be there
+    lm: str,  # 'bundled', 'smollm2-135m', a size of CM3, a folder or a hub name; open_lm-1b need not be there
 ) -> tuple:  # (a Hugging Face config, where it comes from)
     "The config of a language model: its own, or the published one of a model that is not here."
     name = Path(lm).name
@@ -70,13 +73,14 @@ def skeleton(
     lm: str,  # as for `architecture`
     codes: int,  # codes of the image tokenizer
     device: str = 'meta',  # 'meta', or 'cpu' inside a `FakeTensorMode`: neither holds any numbers
+    masks: int = 0,  # mask tokens; with them comes an end token
 ) -> tuple[nn.Module, Vocab]:
     "A language model widened for image codes, in fp32 and training mode, all shapes and no weights."
     config, _ = architecture(lm)
     try:
         with torch.device(device): model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except UNUSABLE as e: raise BadInput(f"lm={lm!r} has no causal language model ({str(e).splitlines()[0][:200]}); give one that transformers' AutoModelForCausalLM knows.") from e
-    vocab = Vocab(model.get_input_embeddings().weight.shape[0], codes)
+    vocab = Vocab(model.get_input_embeddings().weight.shape[0], codes, masks)
     model.resize_token_embeddings(vocab.size, mean_resizing=False)
     if model.config._attn_implementation == 'sdpa': model.set_attn_implementation('sdpa_causal')
     return model.train(), vocab
@@ -94,10 +98,11 @@ def parameters_by_part(
     return {part: int(sizes.get(part, 0)) for part in PARTS}
 
 # %% ../nbs/17_plan.ipynb #68a6861b
-PUBLISHED_VQ = {f'movqgan-{size}m': dict(num_vq_embeddings=16_384, block_out_channels=[0] * 4) for size in (67, 102, 270)}
+PUBLISHED_VQ = {f'movqgan-{size}m': dict(num_vq_embeddings=16_384, block_out_channels=[0] * 4) for size in (67, 102, 270)} | {
+    f'vqgan-f16-{size}': dict(num_vq_embeddings=size, block_out_channels=[0] * 5) for size in (1024, 16_384)}
 
 def codes_of(
-    image_tokenizer: str,  # 'bundled', a folder or a hub name; movqgan-270m need not be there
+    image_tokenizer: str,  # 'bundled', a folder or a hub name; movqgan-270m and vqgan-f16-1024 need not be there
     px: int,  # side of an image in pixels
 ) -> tuple[int, int, str]:  # (codes in the codebook, codes an image, where that comes from)
     "What the plan needs to know of an image tokenizer, from its config where that is enough."
@@ -113,7 +118,11 @@ def codes_of(
     return config['num_vq_embeddings'], (px // side) ** 2, source
 
 # %% ../nbs/17_plan.ipynb #4d766879
-ASSUMED = dict(pairs=134_000_000, caption=30, caption_bytes=120)  # HQITP-134M, NeoX tokens: the paper, section 2; 4 bytes a token are our guess
+ASSUMED = dict(pairs=134_000_000, caption=30, caption_bytes=120,  # HQITP-134M, NeoX tokens: the paper, section 2; 4 bytes a token are our guess
+               page_tokens=223_000_000_000, page_bytes=843_000_000_000,  # the pages of CM3 (its Table 1)
+               built={'gimp-help': 3_106_163, 'python-doc': 23_979_826})  # bytes of train.jsonl (nbs/build/gimp_help.ipynb)
+
+def _other_tokenizer(config, lm): return f' with the bundled tokenizer, as that of {config.lm} is not here' if lm != config.lm else ''
 
 def captions_at_hand(
     config: Config,
@@ -126,25 +135,55 @@ def captions_at_hand(
     lm = config.lm if _on_disk(config.lm) else 'bundled'
     lengths = np.array([len(ids) for ids in load_text_tokenizer(lm)(captions, add_special_tokens=False)['input_ids']])
     pairs = len(captions) if len(captions) < most or not data.total else min(config.pairs or data.total, data.total)
-    return lengths, float(np.mean([len(c.encode()) for c in captions])), pairs, f'measured on {len(captions):,} captions' + (f' with the bundled tokenizer, as that of {config.lm} is not here' if lm != config.lm else '')
+    return lengths, float(np.mean([len(c.encode()) for c in captions])), pairs, f'measured on {len(captions):,} captions' + _other_tokenizer(config, lm)
 
 # %% ../nbs/17_plan.ipynb #c94d0d47
+def masks_of(config: Config) -> int: return MASKS if config.layout in MASKINGS else 0  # mask tokens of the vocabulary
+def of_pages(config: Config) -> bool: return config.layout == 'document' or is_corpus(config.data) or config.preset.startswith('cm3-')  # else captioned images
+
+def document_length(config: Config) -> int:  # tokens of a document of pages at most: every layout leaves room for the masks of all
+    room = max(m.room() for m in MASKINGS.values())
+    if config.length <= room: raise BadInput(f'length={config.length} leaves no room for a page beside its masks; give more than {room}.')
+    return config.length - room
+
+def pages_at_hand(
+    config: Config,
+    most: int = 2**25,  # bytes of a file whose tokens are counted; they are kept for the run
+) -> dict:  # lengths (tokens of each document, None: assumed), pairs (documents), caption (mean tokens of a document), caption_bytes (of a document), source (in words)
+    "The documents of the training side, without masks; of a file that is not here, or too large, they fill the context."
+    absent = not is_corpus(config.data) or config.data in BUILT and not work_path('stores', config.data).is_dir()
+    corpus, length, lm = None if absent else read_corpus(config.data), document_length(config), config.lm if _on_disk(config.lm) else 'bundled'
+    size = (corpus.folder/'train.jsonl').stat().st_size if corpus else ASSUMED['built'].get(config.data, ASSUMED['page_bytes'])
+    if not corpus or size > most:
+        pairs, words = size * ASSUMED['page_tokens'] // ASSUMED['page_bytes'] // length, 'assumed from its size' if corpus else f'assumed: {config.data} is not here'
+        return dict(lengths=None, pairs=min(config.pairs or pairs, pairs), caption=length, caption_bytes=size / pairs, source=words)
+    rows = Hypertext(corpus.folder/'train.jsonl', load_text_tokenizer(lm), load_config(lm).vocab_size, corpus.codes, length, config.pairs or None)
+    lengths = rows.lengths(np.arange(len(rows)))
+    return dict(lengths=lengths, pairs=len(rows), caption=float(lengths.mean()), caption_bytes=size / len(rows), source=f'measured on {len(rows.names):,} pages' + _other_tokenizer(config, lm))
+
+# %% ../nbs/17_plan.ipynb #13a90d89
 def sequence_widths(
     config: Config,
     codes: int,  # codes an image
-    lengths: np.ndarray | None,  # tokens of each caption; None: assumed
+    lengths: np.ndarray | None,  # tokens of each caption, or of each document of pages; None: assumed
     parts: int = 1,  # parts that a step is computed in, over all devices
     steps: int = 50,  # steps looked at
 ) -> dict:  # real: mean tokens a sequence; padded: mean width of a batch; widest: of any part
     "How long sequences are, and how wide the padded batches; captions are cut where `length` says."
-    frame = codes + (len(SPECIALS) - 1 if config.layout == 'text-image' else 4)  # `<pad>` is no part of it
-    if frame > config.length: raise BadInput(f'length={config.length} is too short for an image of {codes} codes; give at least {frame}.')
+    masking = MASKINGS.get(config.layout)
+    frame = codes + (4 if config.layout == 'image' else len(SPECIALS) - 1)       # `<pad>` is no part of it
+    room = config.length - (masking.room() if masking else 0)
+    if of_pages(config):
+        if lengths is None: return dict(real=config.length, padded=config.length, widest=config.length)  # the context is full
+        frame, room = 0, document_length(config)
+    elif frame > room: raise BadInput(f'length={config.length} is too short for an image of {codes} codes; give at least {config.length - room + frame}.')
     if config.layout == 'image': return dict(real=frame, padded=frame, widest=frame)
-    if lengths is None: return dict(real=min(frame + ASSUMED['caption'], config.length), padded=config.length, widest=config.length)
-    whole = np.minimum(frame + lengths, config.length)
-    batches = [whole[order(config.seed, step, len(whole), config.batch)] for step in range(min(steps, config.steps))]
+    if lengths is None: return dict(real=min(frame + ASSUMED['caption'], room) + (masking.room(1) if masking else 0), padded=config.length, widest=config.length)
+    whole, rng = np.minimum(frame + lengths, room), rng_of('plan', config.seed)
+    more = lambda: np.array([masking.room(draw_n(rng)) if masking else 0 for _ in range(config.batch)])  # of masks, as they are drawn
+    batches = [whole[order(config.seed, step, len(whole), config.batch)] + more() for step in range(min(steps, config.steps))]
     widths = [(part.max(), len(part)) for batch in batches for part in (batch[i::parts] for i in range(parts)) if len(part)]
-    return dict(real=float(np.mean(batches)), padded=sum(w * n for w, n in widths) / sum(n for _, n in widths), widest=int(whole.max()))
+    return dict(real=float(np.mean(batches)), padded=sum(w * n for w, n in widths) / sum(n for _, n in widths), widest=int(whole.max()) + (masking.room() if masking else 0))
 
 # %% ../nbs/17_plan.ipynb #6c6ca0b2
 class Planned(Scored):
@@ -243,7 +282,7 @@ def trace(
 ) -> list[dict]:  # bytes; `first`: peak of a step's first part, `more`: of any later one, when gradients are there already
     "Memory of one part of a training step for each job, from tensors without content."
     with FakeTensorMode(), Live() as live, patch.dict(CHUNK, cpu=CHUNK[device]):
-        model, vocab = skeleton(config.lm, codes, 'cpu')
+        model, vocab = skeleton(config.lm, codes, 'cpu', masks_of(config))
         scored, weights = Planned(freeze(model, config.trainable, vocab), width), live.now
         for p in model.parameters(): p.requires_grad and p.register_post_accumulate_grad_hook(live.gradient)
         model.base_model.register_forward_hook(live.mark)
@@ -260,7 +299,7 @@ def memory_lines(
     device: str = 'cpu',  # one of `CHUNK`
 ):  # function of (one of `VARIANTS`, number of sequences): as an item of `trace`
     "Memory of a part of a step as a function of its sequences."
-    full = max(2, -(-chunk_rows(skeleton(config.lm, codes)[1].size, device) // width))  # as many fill a chunk of logits
+    full = max(2, -(-chunk_rows(skeleton(config.lm, codes, masks=masks_of(config))[1].size, device) // width))  # as many fill a chunk of logits
     ends = 1, full, full + 4
     found = trace(config, codes, width, tuple((n, variant) for variant in VARIANTS.values() for n in ends), device)
     points = {name: found[3 * i:3 * i + 3] for i, name in enumerate(VARIANTS)}
@@ -279,7 +318,8 @@ DEVICES = {  # peak FLOP/s by precision, memory in bytes
     'h200': dict(label='H200 141 GB', bf16=989e12, fp32=67e12, memory=141e9),
     'cpu': dict(label='CPU of two cores, 16 GB', bf16=320e9, fp32=320e9, memory=16e9),
 }
-USUAL = dict(smoke=[('cpu', 1)], laptop=[('cpu', 1)], gpu=[('h200', 1)], paper=[('a100', 64), ('h200', 1)])  # what a preset is for
+USUAL = dict(smoke=[('cpu', 1)], laptop=[('cpu', 1)], gpu=[('h200', 1)], paper=[('a100', 64), ('h200', 1)],  # what a preset is for
+             **dict.fromkeys(('cm3-smoke', 'cm3-laptop'), [('cpu', 1)]), **{'cm3-125m': [('h200', 8)], 'cm3-800m': [('h200', 8)], 'cm3-2.7b': [('a100', 240), ('h200', 8)], 'cm3-13b': [('a100', 384), ('h200', 64)]})
 MEASURED = {'a100': 'open_lm 1 B 9,500 to 11,500, llm-foundry 1.3 B 22,112', 'h100': 'llm-foundry 1.3 B 48,910'}  # tokens/s, elsewhere
 RESERVE = 0.1  # of a device's memory, for fragments, libraries and what is not counted
 
@@ -347,7 +387,7 @@ def _train_parts(config, codes, width, sequences, parts):
     "Two steps of `parts` parts each, as `training` takes them; bytes allocated at the peak of the second."
     from torch.profiler import profile
     accelerator = fresh_accelerator(config)
-    lm, vocab = skeleton(config.lm, codes, 'cpu')
+    lm, vocab = skeleton(config.lm, codes, 'cpu', masks_of(config))
     model = distribute(Scored(freeze(lm, config.trainable, vocab), width), config, accelerator)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
     ids = torch.randint(0, vocab.size, (sequences, width), device=accelerator.device)
@@ -432,13 +472,13 @@ def data_plan(
     codes: int,  # codes an image
     parts: int,  # parts that a step is computed in, over all devices
 ) -> dict:
-    "Pairs, captions, sequences and tokens of a run."
-    found = captions_at_hand(config)
-    lengths, size, pairs, words = found or (None, ASSUMED['caption_bytes'], config.pairs or ASSUMED['pairs'], f'assumed: {config.data} is not here')
-    widths = sequence_widths(config, codes, lengths, parts)
-    caption = float(lengths.mean()) if found else ASSUMED['caption']
-    sequences = config.steps * config.batch
-    return dict(pairs=pairs, caption=caption, caption_bytes=size, source=words, **widths, waste=1 - widths['real'] / widths['padded'], sequences=sequences,
+    "Pairs and captions, or documents of pages; sequences and tokens of a run."
+    if of_pages(config): about = pages_at_hand(config)
+    else:
+        lengths, size, pairs, words = captions_at_hand(config) or (None, ASSUMED['caption_bytes'], config.pairs or ASSUMED['pairs'], f'assumed: {config.data} is not here')
+        about = dict(lengths=lengths, pairs=pairs, caption=ASSUMED['caption'] if lengths is None else float(lengths.mean()), caption_bytes=size, source=words)
+    widths, sequences, pairs = sequence_widths(config, codes, about.pop('lengths'), parts), config.steps * config.batch, about['pairs']
+    return dict(**about, **widths, waste=1 - widths['real'] / widths['padded'], sequences=sequences,
                 tokens=sequences * widths['real'], padded_tokens=sequences * widths['padded'], epochs=sequences / pairs)
 
 # %% ../nbs/17_plan.ipynb #8713c783
@@ -461,7 +501,7 @@ def evaluation_peak(
 ) -> int:  # bytes, with weights and optimizer
     "Memory of an evaluation, between two steps."
     with FakeTensorMode(), Live() as live, torch.no_grad(), patch.dict(CHUNK, cpu=CHUNK[device]):
-        model, vocab = skeleton(config.lm, codes, 'cpu')
+        model, vocab = skeleton(config.lm, codes, 'cpu', masks_of(config))
         state = 8 * sum(p.numel() for p in freeze(model, config.trainable, vocab).parameters() if p.requires_grad)
         with torch.autocast('cpu', torch.bfloat16, enabled=config.precision == 'bf16'): Planned(model.eval(), width)(*no_content(_at_a_time(config, parts), width - 1))
     return live.most + state
@@ -485,16 +525,16 @@ def plan(
     _check_device(config, devices, device, mfu)
     places = USUAL[config.preset] if devices is None and device is None and config.batch >= USUAL[config.preset][0][1] else [(device or USUAL[config.preset][0][0], devices or 1)]
     codes, grid, codes_from = codes_of(config.image_tokenizer, config.px)
-    model, vocab = skeleton(config.lm, codes)
+    model, vocab = skeleton(config.lm, codes, masks=masks_of(config))
     parts = config.accumulation * places[0][1]
     data = data_plan(config, grid, parts)
     sizes, arms, flops = parameters_by_part(model), trainable_table(model, vocab).parameters.to_dict(), flops_per_token(model, data['padded'] ** 2 / data['real'], config.trainable)
     kind = 'cpu' if places[0][0] == 'cpu' else 'cuda'
     line, total = memory_lines(config, codes, data['widest'], kind), sum(sizes.values())
     return dict(config=dataclasses.asdict(config), lm_from=architecture(config.lm)[1], image_tokenizer_from=codes_from, codes=codes, parameters=sizes | dict(total=total),
-                trainable={k: int(n) for k, n in arms.items()}, data=data, flops=flops, total_flops=flops['total'] * data['tokens'], mfu=mfu,
+                trainable={k: int(n) for k, n in arms.items()}, data=data | dict(pages=of_pages(config)), flops=flops, total_flops=flops['total'] * data['tokens'], mfu=mfu,
                 memory=memory_plan(line) | dict(evaluation=evaluation_peak(config, codes, data['widest'], parts, kind), evaluated=_at_a_time(config, parts)),
-                disk=disk(config, grid, data['pairs'], data['caption'], data['caption_bytes'], 4 * total, int(arms[config.trainable])),
+                disk=disk(config, 0 if of_pages(config) else grid, data['pairs'], data['caption'], data['caption_bytes'], 4 * total, int(arms[config.trainable])),
                 places=[_place(config, line, model, data, flops, kind, n, mfu) for kind, n in places])
 
 # %% ../nbs/17_plan.ipynb #4760bfe7
@@ -540,12 +580,13 @@ def _head_text(plan):
     yield ''
     yield f'parameters  {_count(n["total"])}: ' + ', '.join(f'{part} {_count(n[part])}' for part in PARTS if n[part])
     yield '  trained   ' + ', '.join(f'{rule} {_count(size)}' for rule, size in plan['trainable'].items())
-    yield f'data        {_count(d["pairs"])} pairs, captions of {d["caption"]:.1f} tokens ({d["source"]})'
+    yield f'data        {_count(d["pairs"])} {"documents of pages, each" if d["pages"] else "pairs, captions"} of {d["caption"]:,.1f} tokens ({d["source"]})'
     yield f'sequences   {d["real"]:,.0f} tokens, in batches {d["padded"]:,.0f} wide; only attention computes the {d["waste"]:.1%} of padding'
     yield f'run         {c["steps"]:,} steps of {c["batch"]:,} sequences: {_count(d["tokens"])} tokens ({_count(d["padded_tokens"])} with padding), {d["epochs"]:.2f} epochs'
     yield (f'compute     {_of(f["total"], "FLOP")} a token ({f["attention"] / f["total"]:.0%} attention), {_of(plan["total_flops"], "FLOP")}; trainable: {c["trainable"]}; '
            f'{plan["mfu"]:.0%} of the {c["precision"]} peak')
-    yield f'disk        {GB(k["store"])} of tokens (codes {GB(k["codes"])}), 3 checkpoints of {GB(k["checkpoint"])}, weights {GB(k["weights"])}'
+    yield (f'disk        {GB(k["store"])} of ' + ('pages and their tokens' if d['pages'] else f'tokens (codes {GB(k["codes"])})')
+           + f', 3 checkpoints of {GB(k["checkpoint"])}, weights {GB(k["weights"])}')
     yield f'memory      weights {GB(m["weights"])}, gradients {GB(m["gradients"])}, AdamW {GB(m["optimizer"])}' + (f', bf16 copies {GB(m["copies"])}' if c['precision'] == 'bf16' else '') + f', loss {GB(m["loss"])}'
     yield f'  sequence  activations {GB(m["activations"])} (checkpointing: {GB(m["activations_checkpointing"])}), for its loss {GB(m["logits"])}'
     yield f'  evaluate  {GB(m["evaluation"])} for {m["evaluated"]:,} sequences at a time' + (': does not fit' if m['evaluation'] > min(x['room'] for x in plan['places']) else '')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'PASSED_ON', 'EXAMPLE', 'PICTURE', 'CITE', 'NOTICES', 'check_licence', 'licence_of', 'public_name',
-           'licence_for', 'joint_names', 'widen_tokenizer', 'layout_of', 'final_losses', 'store_of', 'bits_per_byte',
-           'prose_licences', 'training_licences', 'verdicts_of', 'example_of', 'table', 'card_data', 'run_record',
-           'model_card', 'image_tokenizer_licence', 'publish', 'hub_owner', 'push', 'image_size', 'source_sizes',
-           'data_facts', 'size_category', 'write_data_card']
+           'licence_for', 'mask_ids', 'joint_names', 'widen_tokenizer', 'layout_of', 'final_losses', 'store_of',
+           'bits_per_byte', 'prose_licences', 'training_licences', 'verdicts_of', 'example_of', 'table', 'card_data',
+           'run_record', 'model_card', 'image_tokenizer_licence', 'publish', 'hub_owner', 'push', 'image_size',
+           'source_sizes', 'data_facts', 'size_category', 'write_data_card']
 
 # %% ../nbs/12a_publish.ipynb #d6beaf94
 import dataclasses
@@ -49,6 +49,7 @@ from t2ianalysis.data import (
 )
 from .generation import load_painter
 from .models import lm_path
+from .pages import SHIPPED, is_corpus
 from .report import load_findings
 from .sequences import SPECIALS, Vocab
 from .tokenizers import TokenStore, VQTokenizer
@@ -114,12 +115,15 @@ def licence_for(
     return wanted or base, why + (passed_on if base in PASSED_ON else '; its notices are to be kept.' if base else '.')
 
 # %% ../nbs/12a_publish.ipynb #8be7f5f4
+def mask_ids(vocab: Vocab) -> dict[str, int]:  # name to id; empty without mask tokens
+    return {f'<mask:{i}>': vocab.mask + i for i in range(vocab.masks)} | ({'<end>': vocab.end} if vocab.masks else {})
+
 def joint_names(
     taken,  # names that the text tokenizer has already
     vocab: Vocab,
 ) -> list[str]:  # in the order of the joint ids, from `vocab.text` on
-    "A name for each special token and image code; `<image>` becomes `<<image>>` where the text tokenizer has an `<image>`."
-    names = [*SPECIALS, *(f'<code:{i}>' for i in range(vocab.codes))]
+    "A name for each special token, image code, mask and end token; `<image>` becomes `<<image>>` where the text tokenizer has an `<image>`."
+    names = [*SPECIALS, *(f'<code:{i}>' for i in range(vocab.codes)), *mask_ids(vocab)]
     while set(names) & set(taken): names = [f'<{n}>' if n in taken else n for n in names]
     return names
 
@@ -158,10 +162,11 @@ def layout_of(
 ) -> dict:
     "What `layout.json` says: which id is what, and how a sequence is laid out."
     v, c = painter.vocab, painter.config
-    prompt = ['<doc>', '<text>', 'caption', '</text>', '<image>'] if c.layout == 'text-image' else ['<doc>', '<image>']
+    pages = is_corpus(c.data) or c.layout == 'document'
+    prompt = ['<doc>', 'caption'] if pages else ['<doc>', '<image>'] if c.layout == 'image' else ['<doc>', '<text>', 'caption', '</text>', '<image>']
     return dict(
         specials={token: v.special(token) for token in SPECIALS}, first_code=v.image, codes=v.codes, size=v.size, text_rows=v.text,
-        grid=list(painter.grid), px=c.px, order='row by row', prompt=prompt, after=['</image>', '</doc>'], length=c.length, names_in_tokenizer=names is not None, names=dict(zip(SPECIALS, names)) if names else {},
+        grid=list(painter.grid), px=c.px, order='row by row', prompt=prompt, caption='<img alt="{}" src="' if pages else '{}', after=['">'] if pages else ['</image>', '</doc>'], masks=mask_ids(v), length=c.length, names_in_tokenizer=names is not None, names=dict(zip(SPECIALS, names)) if names else {},
         image_tokenizer=image_tokenizer)
 
 # %% ../nbs/12a_publish.ipynb #da9d2311
@@ -212,6 +217,9 @@ def training_licences(
     "The licences of the training pairs, row by row; `BadInput` where a row says none and the user neither."
     if stated: return None
     source, remedy = Path(config.data).name, 'give the licence of the data in words as data_licence (--data-licence)'
+    if is_corpus(config.data):
+        if config.data not in SHIPPED: raise BadInput(f'the pages {source!r} of the run do not say their licences; {remedy}.')
+        return Counter({'GFDL-1.2-or-later (pages)': len(data_path(SHIPPED[config.data], 'train.jsonl').read_text(encoding='utf-8').splitlines())})
     try: pairs = captions_of(config, 'train', config.pairs or None)
     except BadInput as e: raise BadInput(f'the data {source!r} of the run cannot be read here, so that its licences are not known; {remedy}.') from e
     store = store_of(content.get('fingerprint', {}).get('train'))
@@ -244,7 +252,7 @@ folder = Path('.')  # this folder; from the hub: Path(huggingface_hub.snapshot_d
 layout = json.loads((folder/'layout.json').read_text())
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
-caption = tokenizer('a red fish', add_special_tokens=False)['input_ids']
+caption = tokenizer(layout['caption'].format('a red fish'), add_special_tokens=False)['input_ids']
 parts = [caption if part == 'caption' else [layout['specials'][part]] for part in layout['prompt']]
 prompt = torch.tensor([sum(parts, [])])
 (h, w), first = layout['grid'], layout['first_code']
@@ -282,7 +290,7 @@ _CARD = '''---
 # {{ name }}
 
 A causal language model (`{{ lm }}`, {{ init }} weights at the start) whose vocabulary was widened by {{ '{:,}'.format(layout.codes) }} image codes and
-{{ layout.specials | length }} special tokens, trained to write the codes of an image after its caption. Made with [t2ianalysis](https://github.com/t2ianalysis/t2ianalysis), a workbook for
+{{ layout.specials | length }} special tokens{{ masks_sentence }}, trained to write {{ task }}. Made with [t2ianalysis](https://github.com/t2ianalysis/t2ianalysis), a workbook for
 *Pre-trained Language Models Do Not Help Auto-regressive Text-to-Image Generation*.
 
 ## Use
@@ -374,16 +382,22 @@ def _verdicts_text(verdicts, preset):
 
 def _data_text(config, content, licences, stated):
     "The section on data."
+    if is_corpus(config.data) or config.layout == 'document':
+        text = f'Pages of HTML with images from `{public_name(config.data)}`, {config.px} px, as `t2i pages` makes them; no page of one side is nearly equal to one of the other.\n\n'
+    else: text = _pairs_text(config, content)
+    if licences is None: text += f'Licence of the data, as the publisher of this model says: {stated}.'
+    else: text += table(['licence of the training rows', 'rows'], [(k, f'{n:,}') for k, n in licences.most_common()])
+    return text + (f'\n\nA share of {config.prose_share} of the sequences is plain text: `{public_name(config.prose)}`.' if config.prose_share else '')
+
+def _pairs_text(config, content):
+    "What is said of captioned images."
     rows = []
     for side, field in (('train', 'train'), ('validation', 'validation')):
         store = store_of(content.get('fingerprint', {}).get(field))
         shortened = (content.get('captions_shortened') or {}).get(field, '')
         rows.append((side, f'{len(store):,}' if store else 'not on the machine that wrote this card', shortened, store.fingerprint[:12] if store else ''))
     text = f'Pairs of an image and a caption from `{public_name(config.data)}`, {config.px} px. The sides are split by a hash of the caption: none is on both.\n\n'
-    text += table(['side', 'pairs', 'captions shortened', 'token store'], rows) + '\n\n'
-    if licences is None: text += f'Licence of the data, as the publisher of this model says: {stated}.'
-    else: text += table(['licence of the training rows', 'rows'], [(k, f'{n:,}') for k, n in licences.most_common()])
-    return text + (f'\n\nA share of {config.prose_share} of the sequences is plain text: `{public_name(config.prose)}`.' if config.prose_share else '')
+    return text + table(['side', 'pairs', 'captions shortened', 'token store'], rows) + '\n\n'
 
 # %% ../nbs/12a_publish.ipynb #3b99046b
 CITE = """The run by its name, the version and the commit above, and the paper:
@@ -427,6 +441,8 @@ def model_card(
     sections = dict(
         names_sentence='The tokenizer has a name for each of them, and no text becomes one of them.' if layout['names_in_tokenizer'] else
                        "The text tokenizer is the language model's own and has no names for them.",
+        masks_sentence=f' and {len(layout["masks"])} mask and end tokens' if layout['masks'] else '',
+        task='pages of HTML with the codes of images in their `src`' if layout['caption'] != '{}' else 'the codes of an image after its caption' if 'caption' in layout['prompt'] else 'the codes of an image',
         image_sentence=f'The image tokenizer is in `image_tokenizer/`, licensed under `{image_licence}`.' if image_licence else
                        f'The image tokenizer is `{inside}` ({type(painter.image.model).__name__}), which is not in this folder: bring it before the second part of the program.',
         losses=_losses_text(losses, bits_per_byte(losses, content), step), verdicts=_verdicts_text(verdicts_of(name, config.preset), config.preset),

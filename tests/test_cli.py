@@ -158,7 +158,7 @@ def test_bash_completes(tmp_path):
     asked = [ask('tr'), ask('finding', 'token_'), ask('plan', "''"), ask('generate', "''"), ask('train', '-p', 'preci'), ask('train', '-p', 'lr', '=', '0.1', '-p', 'init', '=', 'p'),
              ask('finding', 'loss_breakdown', '-p', 'random_init', '=')]
     out = subprocess.run(['bash', '--norc', '-c', 'eval "$(t2i --show-completion bash)"\n' + '\n'.join(asked)], env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.splitlines() == ['train', 'token_alignment token_histogram', 'smoke laptop gpu paper', 'bundled-random-s0-abc', 'precision= precision=fp32 precision=bf16', 'pretrained', 'random open_lm']
+    assert out.stdout.splitlines() == ['train', 'token_alignment token_histogram', ' '.join(training.PRESETS), 'bundled-random-s0-abc', 'precision= precision=fp32 precision=bf16', 'pretrained', 'random open_lm']
     assert 'complete' in subprocess.run([tool, '--show-completion', 'zsh'], env=env, capture_output=True, text=True).stdout
 
 
@@ -233,6 +233,10 @@ def test_json_is_one_object_with_the_keys_that_the_help_names(pairs_folder, vq_f
     assert 'cc12m' in ask('data', '--list')[0]['recipes']
     made, words = ask('tokenize', str(pairs_folder), '--split', 'all', '--px', '16', '--image-tokenizer', str(vq_folder))
     assert set(made) == keys_told('tokenize') and made['grid'] == [4, 4] and made['pairs'] == 10 and Path(made['folder']).is_dir() and '10 pairs' in words
+    (tmp_path/'site').mkdir()
+    for name in ('one', 'two'): (tmp_path/'site'/f'{name}.html').write_text(f'<p>This is page {name}.')
+    made, words = ask('pages', str(tmp_path/'site'), str(tmp_path/'corpus'), '--px', '16', '--image-tokenizer', str(vq_folder), '--test', '.3', '--seed', '3')
+    assert set(made) == keys_told('pages') and made['documents'] == 2 and 'Unique images' in words
     made, _ = ask('plan', 'smoke')
     assert set(made) >= keys_told('plan') - {'memory', 'disk'} and {'memory', 'disk'} <= set(made)
     assert ask('plan', 'smoke', '-p', 'stepz=3', status=2) == (None, "t2i: parameter stepz=3 is unknown. Did you mean 'steps'? The parameters are: " + ', '.join(f.name for f in dataclasses.fields(training.Config)) + '.\n')

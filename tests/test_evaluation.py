@@ -1,4 +1,5 @@
 "lm-eval computes what we compute, a widened model has two named numbers, FID goes on where it stopped, and two protocols never meet."
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -149,6 +150,23 @@ def trained(work, vq_folder):
     with pytest.MonkeyPatch.context() as m:
         m.setenv('T2I_WORK', str(work)); m.setenv('T2I_CACHE', str(work/'cache'))
         return ensure_runs([config], progress=False).run_id[0]
+
+
+def test_masks_are_no_codes(trained, work, eye, coco, monkeypatch):
+    "A masked run has 17 rows more; asked without training it has the rows that training begins with."
+    from t2ianalysis.minimal_html import minimal_page, save_corpus
+    from t2ianalysis.models import load_config
+    monkeypatch.setenv('T2I_WORK', str(work)); monkeypatch.setenv('T2I_CACHE', str(work/'cache'))
+    plain = ev.subject(trained)
+    changes = dict(layout='causally-masked', steps=2, eval_every=2, keep=1)
+    masked = ensure_runs([make_config(**dataclasses.asdict(plain.config) | changes)], progress=False).run_id[0]
+    s = ev.subject(masked)
+    assert s.vocab == load_painter(masked).vocab == Vocab(plain.vocab.text, 16, 16) and plain.vocab == Vocab(plain.vocab.text, 16)
+    assert s.load(0).get_input_embeddings().weight.shape[0] == s.vocab.size == load_config(str(s.weights[2])).vocab_size
+    save_corpus(work/'corpus', [minimal_page('<p>one', 'a.html')] * 4, [minimal_page('<p>two', 'b.html')], load_painter(masked).image, 16, 0)
+    pages = ensure_runs([make_config(**dataclasses.asdict(plain.config) | changes | dict(data=str(work/'corpus')))], progress=False).run_id[0]
+    assert ev.subject(pages).vocab == s.vocab
+    with pytest.raises(BadInput, match='trained on pages'): ev.evaluate_fid(pages, coco, eye, count=16)
 
 
 @pytest.fixture

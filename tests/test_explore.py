@@ -41,9 +41,10 @@ from t2ianalysis.explore import (
     siblings,
     small,
 )
+from t2ianalysis.minimal_html import minimal_page, save_corpus
 from t2ianalysis.models import load_lm, load_text_tokenizer
 from t2ianalysis.tokenizers import load_image_tokenizer
-from t2ianalysis.training import ensure_runs, kept, make_config, train
+from t2ianalysis.training import ensure_runs, kept, load_run, make_config, train
 
 has_widgets = pytest.mark.skipif(find_spec('anywidget') is None, reason='the widgets need anywidget')
 
@@ -129,8 +130,57 @@ def test_losses_are_what_evaluation_says_and_lie_where_their_token_lies(runs, bo
     r = readings[3]
     assert list(r.table.label)[:-1] == list(r.table.token)[1:] and list(r.table.token)[:2] == ['<doc>', '<text>'] and r.table.label.iloc[-1] == '</doc>'
     codes = r.table[r.table.label_kind == 'image']
-    assert [int(x) for x in codes.label] == reader.data.store.codes[3].tolist() and r.maps[1][2, 1] == codes.random.iloc[9]
+    assert [int(x) for x in codes.label] == reader.data.store.codes[3].tolist() and r.maps()[1][2, 1] == codes.random.iloc[9]
     assert r.caption.startswith(''.join(r.table[r.table.label_kind == 'text'].label).strip()[:8])
+
+
+@pytest.fixture(scope='module')
+def paged(work, tiny, vq):
+    "Folder of pages with none, one and two images of codes that rise, and runs on them: left to right, and masked."
+    src = lambda k: ' '.join(map(str, range(k, k + 16))) if not k else ' '.join(map(str, [*range(k, 16), *range(k)]))
+    texts = [f'<p>page {i} ' + ' '.join(f'<img alt="image {k}" src="{src(i + k)}">' for k in range(i % 3)) + ' end of page' for i in range(9)]
+    pages = [minimal_page(text, f'{i}.html') for i, text in enumerate(texts)]
+    save_corpus(work/'pages', pages[:6], pages[6:], vq, 16, 0)
+    config = dict(data=str(work/'pages'), length=200, seed=0)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('T2I_WORK', str(work))
+        return {layout: ensure_runs([make_config(**tiny | config | dict(layout=layout))], progress=False).run_id.iloc[0] for layout in ('document', 'causally-masked')} | dict(pages=pages)
+
+
+def test_pages_and_masked_rows_are_read_too(paged, runs, work):
+    for layout in ('document', 'causally-masked'):
+        reader, said = Reader(paged[layout]), set()
+        arm, = reader.names
+        record = runs_of(work, paged[layout])
+        readings = [read_sequence(reader, i) for i in range(len(reader.data))]
+        assert [r.caption for r in readings] == [f'{i}.html' for i in range(6, 9)] and [len(r.pictures) for r in readings] == [0, 1, 2]
+        for i, r in enumerate(readings, 6):
+            for k, (place, loss) in enumerate(zip(r.places, [r.maps(k)[0] for k in range(i % 3)])):   # every code where it lies in the image, wherever its token has moved
+                assert [int(x) for x in r.table.label[place.ravel()]] == [(i + k + n) % 16 for n in range(16)]
+                assert np.array_equal(loss, r.table[arm].to_numpy()[place]) and not np.isnan(loss).any()
+            assert (np.isnan(r.table[arm]) == (r.table.label_kind == 'mask')).all()
+            said |= set(r.table.label[r.table.label_kind.isin(('mask', 'end'))])
+            sequence_figure(reader, i - 6)
+        assert said == set() if layout == 'document' else {'<mask:0>', '<end>'} <= said
+        losses, kinds = (np.concatenate([r.table[c] for r in readings]) for c in (arm, 'label_kind'))
+        for kind in {*kinds} - {'mask'}: assert losses[kinds == kind].mean() == pytest.approx(record[kind], abs=2e-5)
+    with pytest.raises(BadInput, match='picture=2'): sequence_figure(reader, 2, 2)
+    rows, text, _ = code_rows(paged['causally-masked'], 16)
+    assert torch.equal(rows, load_lm(str(kept(work/'runs'/paged['causally-masked'])[4])).get_input_embeddings().weight.detach()[len(text) + 7:-17])
+
+
+def runs_of(work, run): return load_run(work/'runs'/run).query('split == "validation" and step == 4').set_index('kind').loss
+
+
+@has_widgets
+def test_the_widget_shows_masks_and_pages(paged):
+    widget = sequence_widget(Reader(paged['causally-masked']), 2)
+    for number, pictures in ((2, 2), (0, 0)):
+        widget.ask = dict(number=number)
+        d = widget.data
+        assert len(d['srcs']) == len(d['places']) == pictures and all(len(p) == 16 for p in d['places']) and not d['error']
+        assert {'mask', 'end'} <= set(d['kinds']) and all((loss is None) == (kind == 'mask') for loss, kind in zip(d['losses'][0], d['kinds'])) and json.dumps(d, allow_nan=False)
+        assert not set(d['bars']) & {t for t, kind in enumerate(d['kinds']) if kind in ('image', 'mask')}
 
 
 def test_half_lines_wait_and_a_file_that_was_cut_is_read_anew(tmp_path):
@@ -264,7 +314,7 @@ def test_widgets_answer_and_say_what_is_wrong(runs, store, vq):
     patch.ask = patch.ask | dict(image=77)
     assert 'image=77' in patch.data['error'] and patch.data['html']
     sequence = sequence_widget(Reader(runs['pretrained', 0]), 2)
-    assert sequence.data['kinds'][sequence.data['first']] == 'image' and len(sequence.data['losses'][0]) == len(sequence.data['labels'])
+    assert {sequence.data['kinds'][t] for t in sequence.data['places'][0]} == {'image'} and len(sequence.data['places'][0]) == 16 and len(sequence.data['losses'][0]) == len(sequence.data['labels'])
     pair = compare_widget(runs['pretrained', 0], runs['random', 1])
     assert [p['kind'] for p in pair.data['panels']] == ['total', 'text', 'image', 'special'] and runs['random', 0] in pair.data['options']
 

@@ -1,11 +1,15 @@
 "Minimal HTML: what stays is in order and readable, what goes is gone, nothing hostile takes the machine, and codes stand in `src`."
 import io
+import json
 import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,18 +20,21 @@ from PIL import Image
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from t2ianalysis.data import BadInput, memory
+from t2ianalysis import minimal_html as module
+from t2ianalysis.data import BadInput, data_path, memory
 from t2ianalysis.minimal_html import (
     Pages,
     crop_image,
     decode_page,
     insert_codes,
     load_pages,
+    make_corpus,
     minimal_html,
     minimal_page,
     near_groups,
     page_images,
     read_image,
+    save_corpus,
     save_pages,
     split_pages,
     write_codes,
@@ -199,7 +206,7 @@ def test_images_are_found_only_where_they_may_be(folder):
 def test_addresses_are_asked_only_when_asked_for(folder, monkeypatch):
     asked, raw = [], (folder/'wide.png').read_bytes()
     def answer(request, timeout): asked.append(request.full_url); return io.BufferedReader(io.BytesIO(raw))
-    monkeypatch.setattr('t2ianalysis.minimal_html.urlopen', answer)
+    monkeypatch.setattr(module, 'build_opener', lambda *handlers: SimpleNamespace(open=answer))
     page, = Pages(folder)
     page_images(page, 16)
     assert asked == []
@@ -207,6 +214,43 @@ def test_addresses_are_asked_only_when_asked_for(folder, monkeypatch):
     assert asked == ['http://example.org/a.png', 'https://example.org/a.png']
     monkeypatch.setattr('t2ianalysis.minimal_html.MAX_BYTES', 10)
     with pytest.raises(ValueError, match='over'): read_image(page, 'http://example.org/a.png', urls=True)
+
+
+@pytest.fixture
+def server(folder):
+    "On the loopback: /a.png is an image, any other path redirects to the address after it"
+    raw, asked = (folder/'wide.png').read_bytes(), []
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path == '/a.png' else 302)
+            if self.path != '/a.png': self.send_header('Location', self.path[1:])
+            self.end_headers()
+            if self.path == '/a.png': self.wfile.write(raw)
+        def log_message(self, *_): pass
+    made = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield SimpleNamespace(port=made.server_port, asked=asked, raw=raw)
+    made.shutdown(); made.server_close()
+
+
+def test_no_page_reaches_into_the_own_network(folder, server, monkeypatch):
+    page, = Pages(folder)
+    read = lambda address: read_image(page, address, urls=True)
+    for host in ('127.0.0.1', 'localhost', '[::1]', '[::ffff:127.0.0.1]', '0.0.0.0', '2130706433', '127.1', 'user@127.0.0.1'):
+        with pytest.raises(ValueError, match='private network'): read(f'http://{host}:{server.port}/a.png')
+    for host in ('10.1.2.3', '192.168.0.1', '172.16.0.1', '169.254.169.254', '[fe80::1]', '[fd00::1]', '100.64.0.1', '224.0.0.1'):
+        with pytest.raises(ValueError, match='private network'): read(f'https://{host}/a.png')
+    assert server.asked == []
+    here, port = f'http://127.0.0.1:{server.port}', server.port
+    monkeypatch.setattr(module, '_public', lambda ip: ip == '127.0.0.1')         # as if it were a host of the network
+    assert read(f'{here}/a.png') == read(f'{here}/{here}/a.png') == server.raw
+    server.asked.clear()
+    for target in (f'http://127.0.0.2:{port}/a.png', f'https://10.0.0.1:{port}/a.png', f'ftp://127.0.0.2:{port}/a.png'):
+        with pytest.raises(ValueError, match='private network'): read(f'{here}/{target}')
+    assert len(server.asked) == 3
+    for wrong in ('http://nowhere.invalid/a.png', f'{here}/file:///etc/passwd', 'http://127.0.0.1:99999/', 'http://' + 'a' * 70 + '.x/'):
+        with pytest.raises(ValueError): read(wrong)
 
 
 def test_crops_are_squares_of_the_image_drawn_by_name():
@@ -237,9 +281,9 @@ def test_codes_stand_in_src(folder, vq_folder):
 def write_warc(path, records):
     with open(path, 'wb') as file:
         writer = WARCWriter(file, gzip=path.suffix == '.gz')
-        for i, (kind, status, body) in enumerate(records):
+        for i, (kind, status, body, *name) in enumerate(records):
             head = StatusAndHeaders(status, [('Content-Type', kind)], protocol='HTTP/1.0')
-            writer.write_record(writer.create_warc_record(f'http://example.org/{i}', 'response', io.BytesIO(body), http_headers=head))
+            writer.write_record(writer.create_warc_record(f'http://example.org/{name[0] if name else i}', 'response', io.BytesIO(body), http_headers=head))
     return path
 
 
@@ -252,6 +296,22 @@ def test_pages_of_a_warc_file(tmp_path, name):
     assert page_images(next(iter(pages)), 16) == [None]
     path.write_bytes(b'no such thing' * 100)
     with pytest.raises(BadInput, match='no WARC'): list(Pages(path))
+
+
+@pytest.mark.parametrize('name', ['a.warc', 'a.warc.gz'])
+def test_images_of_a_warc_file_are_records_of_it(tmp_path, make, name):
+    one, two = io.BytesIO(), io.BytesIO()
+    make['noise'](0, 40).save(one, 'PNG'); make['noise'](1, 40).save(two, 'PNG')
+    path = write_warc(tmp_path/name, [('image/png', '200 OK', one.getvalue(), 'a/1.png'), ('text/html', '200 OK', b'<p>x<img src="1.png#top"><img src="/2.png?v=1"><img src="//example.org/3.png"><img src=page.html>'
+                                      b'<img src="http://example.com/1.png"><img src="http://127.0.0.1/1.png">', 'a/page.html'),
+                                      ('image/png', '404 Not Found', one.getvalue(), '3.png'), ('application/octet-stream', '200 OK', two.getvalue(), '2.png?v=1')])
+    page, = Pages(path)
+    assert [read_image(page, src) for src in page.images[:2]] == [one.getvalue(), two.getvalue()]
+    for src in page.images[2:]:
+        with pytest.raises(ValueError, match='an address, not a file'): read_image(page, src)
+    with open(path, 'r+b') as file: file.truncate(path.stat().st_size - 60)       # the last image is cut off: what is before it stays
+    page, = Pages(path)
+    assert [image is not None for image in page_images(page, 16)] == [True] + [False] * 5 and page.counts['image: truncated or damaged'] == 1
 
 
 def test_a_split_shares_no_page():
@@ -289,3 +349,72 @@ def test_of_a_huge_file_only_the_beginning_is_read(tmp_path):
     with open(tmp_path/'a.html', 'wb') as file: file.truncate(2**33)  # a hole: it takes no room on the disk
     pages, before = Pages(tmp_path), memory('VmRSS')
     assert list(pages) == [] and pages.skipped == {'over 16 MB': 1} and not memory('VmRSS') - before > 100
+
+
+def test_a_corpus_is_written_whole_or_not_at_all(tmp_path, vq, monkeypatch):
+    coded = [minimal_page(f'<p>page {i} <img src="{" ".join(map(str, range(16)))}">', f'{i}.html') for i in range(3)]
+    made = save_corpus(tmp_path/'new'/'corpus', coded[:2], coded[2:], vq, 16, 7, ['pages of mine'])
+    assert json.loads((made/'corpus.json').read_text()) == dict(image_tokenizer=vq.fingerprint, codes=16, grid=[4, 4], px=16, seed=7, sources=['pages of mine'], pages=dict(train=2, test=1))
+    assert [[page.html for page in load_pages(made/f'{side}.jsonl')] for side in ('train', 'test')] == [[page.html for page in its] for its in (coded[:2], coded[2:])]
+    for wrong in ('1 2 3', ' '.join(['16'] * 16), 'a.png', ' '.join(['x'] * 16)):
+        with pytest.raises(BadInput, match='b.html has an image that is not 4 x 4 codes below 16'): save_corpus(tmp_path/'c', coded, [minimal_page(f'<p>x<img src="{wrong}">', 'b.html')], vq, 16, 0)
+    with pytest.raises(BadInput, match='the test side has no page'): save_corpus(tmp_path/'c', coded, [], vq, 16, 0)
+    with pytest.raises(BadInput, match='not an empty folder'): save_corpus(made, coded, coded, vq, 16, 0)
+    def full(path, content): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(module, 'write_atomic', full)
+    with pytest.raises(BadInput, match='No space left'): save_corpus(tmp_path/'c', coded, coded, vq, 16, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['new'] and len(list(made.iterdir())) == 3
+
+
+def write_site(folder, make, pages=20):
+    folder.mkdir()
+    for i in range(3): make['noise'](i, 40).save(folder/f'{i}.png')
+    (folder/'broken.png').write_bytes(b'no image'); (folder/'3.png').write_bytes((folder/'2.png').read_bytes())
+    for i in range(pages): (folder/f'{i:02}.html').write_text(f'<nav>menu</nav><p>The page of the number {i} and of the word {"abcdefghijklmnopqrstuvwxyz"[i] * 5}: <img alt=A src="{i % 6}.png">')
+    (folder/'none.html').write_text('<script>x</script>'); (folder/'copy.html').write_text((folder/'00.html').read_text()); (folder/'text.html').write_text('<p>Words only.<img src=broken.png>')
+    return folder
+
+
+def test_pages_makes_a_corpus(tmp_path, vq_folder, vq, make, t2i, capsys):
+    site, tiny = write_site(tmp_path/'site', make), ['--px', 16, '--image-tokenizer', vq_folder, '--test', .3]
+    assert t2i('pages', site, tmp_path/'out', *tiny, '--drop', '//nav', '--json') == 0
+    out, words = capsys.readouterr()
+    made, about = json.loads(out), json.loads((tmp_path/'out'/'corpus.json').read_text())
+    sides = {side: list(load_pages(tmp_path/'out'/f'{side}.jsonl')) for side in ('train', 'test')}
+    images = sum(1 for i in [*range(20), 0] if i % 6 < 4)
+    assert (made['documents'], made['images'], made['with_images'], made['unique_images'], made['image_tokens']) == (22, images, images, 3, 16 * images)
+    assert made['skipped'] == {'no text': 1} and made['lost'] == {'no file': 21 - images, 'not an image': 1} and made['tokens'] == made['image_tokens'] + made['text_tokens'] > made['image_tokens']
+    assert len(sides['train']) + len(sides['test']) + made['copies'] == 22 and (len(sides['train']), len(sides['test'])) == (made['train'], made['test']) and 2 <= made['test'] <= 12
+    assert about['image_tokenizer'] == vq.fingerprint and about['sources'] == ['site'] and 'menu' not in ''.join(page.html for its in sides.values() for page in its)
+    assert '22/22' not in words and '23/23' in words and 'pages left out: 1 no text' in words and re.search(r'images left out: .*1 not an image', words)
+    assert re.search(r'Documents +Size \(MB\) +Unique images +Tokens\n +22 +0\.\d\d +3 +[\d,]+\n', words) and f'(train {made["train"]}, test {made["test"]}' in words
+    again = make_corpus(site, tmp_path/'again', 16, str(vq_folder), .3, '//nav')
+    assert {k: v for k, v in again.items() if k != 'folder'} == {k: v for k, v in made.items() if k != 'folder'}
+    assert all((tmp_path/'out'/name).read_bytes() == (tmp_path/'again'/name).read_bytes() for name in ('train.jsonl', 'test.jsonl', 'corpus.json'))
+    write_warc(tmp_path/'a.warc.gz', [('text/html', '200 OK', p.read_bytes(), p.name) for p in site.glob('*.html')] + [('image/png', '200 OK', p.read_bytes(), p.name) for p in site.glob('*.png')])
+    assert t2i('pages', tmp_path/'a.warc.gz', tmp_path/'crawl', *tiny, '--drop', '//nav', '--json') == 0
+    crawl = json.loads(capsys.readouterr().out)
+    assert [crawl[k] for k in ('documents', 'images', 'unique_images', 'skipped')] == [made[k] for k in ('documents', 'images', 'unique_images', 'skipped')]
+
+
+@pytest.mark.parametrize(('arguments', 'says'), [
+    (['gone', 'out'], "source 'gone' does not exist"), (['none', 'out'], 'has no HTML file'), (['empty', 'out'], "has no page to keep (1 no text); give pages with text"), (['site', 'full'], 'not an empty folder'),
+    (['site', 'out', '--test', '1'], 'test=1.0 is no share'), (['site', 'out', '--test', '0'], 'the test side has no page'), (['site', 'out', '--px', '17'], 'px=17'), (['site', 'out', '--drop', '//['], "drop='//[' is no XPath"),
+    (['site', 'out', '--image-tokenizer', './none'], "image_tokenizer='./none'"), (['site/text.html', 'out'], 'the test side has no page'), (['site'], 't2i pages lacks OUT')])
+def test_pages_says_what_is_wrong_in_one_sentence(arguments, says, tmp_path, make, t2i, monkeypatch, capsys):
+    write_site(tmp_path/'site', make, 4); (tmp_path/'none').mkdir(); (tmp_path/'empty').mkdir(); (tmp_path/'empty'/'a.html').write_text('<script>x</script>'); (tmp_path/'full').mkdir(); (tmp_path/'full'/'a').write_text('')
+    monkeypatch.chdir(tmp_path)
+    assert t2i('pages', *arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith('t2i: ') and says in last and not (tmp_path/'out').exists()
+
+
+def test_the_sample_that_ships():
+    about, sides = json.loads((data_path('gimp_help_sample')/'corpus.json').read_text()), {side: data_path('gimp_help_sample', f'{side}.jsonl') for side in ('train', 'test')}
+    pages = {side: list(load_pages(path)) for side, path in sides.items()}
+    assert about['pages'] == {side: len(its) for side, its in pages.items()} == dict(train=60, test=15) and sum(path.stat().st_size for path in sides.values()) < 130_000
+    from t2ianalysis.tokenizers import load_image_tokenizer
+    assert about['image_tokenizer'] == load_image_tokenizer('bundled').fingerprint and all(page.images for its in pages.values() for page in its)
+    assert {len(src.split()) for its in pages.values() for page in its for src in page.images} == {64} and len(set(near_groups([page.text for its in pages.values() for page in its]))) == 75
+    assert [json.loads(line)['html'] for path in sides.values() for line in path.open(encoding='utf-8')] == [page.html for its in pages.values() for page in its]
+    assert 'GNU Free Documentation License' in (data_path('gimp_help_sample')/'LICENSE').read_text()

@@ -177,3 +177,37 @@ def test_a_mistake_is_one_sentence_and_status_2(arguments, words, monkeypatch, c
     with pytest.raises(SystemExit) as e: cli.main()
     err = capsys.readouterr().err
     assert e.value.code == 2 and words in err and err.startswith('t2i: ') and err.count('\n') == 1
+
+
+def test_the_sizes_of_cm3_are_planned_without_files(monkeypatch, tmp_path):
+    monkeypatch.setenv('T2I_CACHE', str(tmp_path)); monkeypatch.setenv('T2I_WORK', str(tmp_path))
+    model, vocab = skeleton('cm3-125m', 1024, masks=16)
+    assert parameters_by_part(model) == dict(embedding=vocab.size * 768, output=0, attention=12 * (4 * 768**2 + 4 * 768), ffn=12 * (8 * 768**2 + 5 * 768), norm=(24 + 1) * 2 * 768, position=0, other=0)
+    assert vocab.size == 50_257 + 7 + 1024 + 17
+    for preset, billions in (('cm3-125m', 0.125), ('cm3-800m', 0.8), ('cm3-2.7b', 2.7), ('cm3-13b', 13)):
+        config = make_config(preset)
+        assert architecture(config.lm)[1] == 'from the published config' and codes_of(config.image_tokenizer, config.px)[:2] == (1024, 256)
+        assert sum(p.numel() for p in skeleton(config.lm, 1024)[0].parameters()) / 1e9 == pytest.approx(billions, rel=.1)
+    made = plan(make_config('cm3-2.7b'))
+    assert (made['data']['pages'], made['data']['real'], made['data']['padded'], made['data']['widest']) == (True, 2048, 2048, 2048) and 200e9 < made['data']['tokens'] < 230e9
+    assert made['disk']['codes'] == 0 and [p['devices'] for p in made['places']] == [240, 8] and 'documents of pages' in plan_text(made) and 'captions' not in plan_text(made)
+    assert not list(tmp_path.rglob('*.safetensors'))
+    assert plan(make_config('cm3-laptop'))['data']['source'] == 'assumed: gimp-help is not here'
+
+
+def test_pages_and_masks_are_as_long_as_in_training(tmp_path, vq_folder, vq):
+    "What the plan says of a run's sequences is what its batches hold."
+    from t2ianalysis.minimal_html import minimal_page, save_corpus
+    from t2ianalysis.training import batches_at, prepare
+    page = lambda i: minimal_page(f'<p>{"a red fish and a house " * (i % 7)} page {i} <img src="{" ".join(map(str, range(16)))}">', f'{i}.html')
+    save_corpus(tmp_path/'pages', [page(i) for i in range(30)], [page(30)], vq, 16, 0)
+    for data, layout in ((tmp_path/'pages', 'document'), (tmp_path/'pages', 'causally-masked'), (tmp_path/'pages', 'causally-masked-public'), ('openclipart', 'causally-masked'), ('openclipart', 'text-image')):
+        config = make_config('smoke', data=str(data), image_tokenizer=str(vq_folder), px=16, pairs=60, layout=layout, length=140, batch=8, steps=40)
+        about, material = data_plan(config, 16, 1), prepare(config, progress=False)
+        parts = [part for step in range(config.steps) for part in batches_at(config, material, step)[1]]
+        width = lambda part: (part.kind != 0).sum(1)
+        assert about['pairs'] == len(material.train) and about['source'].startswith('measured on')
+        assert sum(width(part).sum().item() for part in parts) / (config.steps * config.batch) == pytest.approx(about['real'], rel=.02)
+        assert sum(part.ids.numel() for part in parts) / (config.steps * config.batch) == pytest.approx(about['padded'], rel=.06)
+        assert max(width(part).max().item() for part in parts) <= about['widest'] <= 140
+    with pytest.raises(BadInput, match='length=48 leaves no room'): data_plan(make_config('cm3-smoke', length=48), 64, 1)

@@ -28,6 +28,8 @@ import t2ianalysis.publish as publishing
 from t2ianalysis import cli
 from t2ianalysis.data import BadInput, data_path, work_path
 from t2ianalysis.generation import Sampling, load_painter, sample_images
+from t2ianalysis.minimal_html import minimal_page, save_corpus
+from t2ianalysis.pages import page_ids
 from t2ianalysis.publish import data_facts, publish, push, widen_tokenizer, write_data_card
 from t2ianalysis.sequences import Vocab
 from t2ianalysis.training import ensure_runs, make_config
@@ -102,6 +104,44 @@ def test_the_names_lie_where_the_joint_ids_are_and_old_versions_find_the_rotary_
     assert tokenizer.decode([v.special('<image>'), v.image + 3]) == '<image><code:3>'
     assert json.loads((folder/'config.json').read_text())['rope_theta'] == 5e5
     assert json.loads((folder/'generation_config.json').read_text())['eos_token_id'] == v.special('</doc>')
+
+
+@pytest.fixture(scope='module')
+def masked(trained, pairs, vq):
+    "The ids of two causally masked runs: of captioned images, and of pages."
+    place, _ = trained
+    page = lambda i: minimal_page(f'<p>a red fish {i} <img alt="a red fish" src="{" ".join(str((i + k) % 16) for k in range(16))}">', f'{i}.html')
+    save_corpus(place/'corpus', [page(i) for i in range(8)], [page(8)], vq, 16, 0)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('T2I_WORK', str(place))
+        runs = [make_config('smoke', lm=str(place/'models'/'tiny-lm'), image_tokenizer=str(place/'models'/'tiny-vq'), data=str(data), px=16, length=128, steps=2, eval_every=2, eval_pairs=4, layout='causally-masked')
+                for data in (pairs, place/'corpus')]
+        return list(ensure_runs(runs, progress=False).run_id.unique())
+
+
+def test_masks_have_names_and_are_no_codes(run, masked, tmp_path):
+    texts = ['<mask:0> a <end>', '<mask:15>', '</doc> <code:3>']
+    for number, name in enumerate(masked):
+        if number:
+            with pytest.raises(BadInput, match='data_licence'): publish(name, tmp_path/'no')
+        folder, painter = publish(name, tmp_path/name, data_licence='public domain' if number else None), load_painter(name)
+        v, layout, tokenizer = painter.vocab, json.loads((folder/'layout.json').read_text()), AutoTokenizer.from_pretrained(folder)
+        assert (v.codes, v.masks, layout['codes'], layout['first_code']) == (16, 16, 16, v.image) and len(tokenizer) == v.size == layout['size'] == 310 + 7 + 16 + 17
+        assert layout['masks'] == {f'<mask:{i}>': v.mask + i for i in range(16)} | {'<end>': v.end}
+        assert tokenizer.convert_ids_to_tokens([v.image + 15, v.mask, v.mask + 15, v.end]) == ['<code:15>', '<mask:0>', '<mask:15>', '<end>']
+        codes, prompt, ids = elsewhere(folder, f'out.append(prompt[0].tolist()); out.append(tokenizer({texts!r}, add_special_tokens=False)["input_ids"])')
+        assert len(codes) == 16 and set(codes) <= set(range(16)) and max(map(max, ids)) < 310
+        html = page_ids(v, painter.text, '<img alt="a red fish" src="').tolist()
+        s, caption = layout['specials'], painter.text('a red fish', add_special_tokens=False)['input_ids']
+        assert prompt == ([s['<doc>'], *html] if number else [s['<doc>'], s['<text>'], *caption, s['</text>'], s['<image>']])
+        card = (folder/'README.md').read_text()
+        assert '7 special tokens and 17 mask and end tokens, trained to write' in card and ('Pages of HTML with images from `corpus`' in card) == bool(number) and '| end |' in card
+    assert 'mask and end' not in (publish(run, tmp_path/'plain')/'README.md').read_text()
+
+
+def test_the_pages_that_ship_say_their_licence():
+    config = make_config('cm3-smoke')
+    assert publishing.training_licences(config, {}) == {'GFDL-1.2-or-later (pages)': 60} and publishing.training_licences(config, {}, 'mine') is None
 
 
 def bpe(names=(), **kwargs):
