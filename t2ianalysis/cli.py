@@ -137,7 +137,7 @@ def _keys(module, name):
 def _fields(finding: str | None = None) -> dict[str, tuple]:
     "What `-p` takes: each parameter of a finding, or field of a run's config, with its default as written and its comment."
     if finding:
-        path = next((p for p in (_places()[0]/'nbs'/'findings'/f'{finding}.ipynb', _places()[0]/'nbs'/'runs'/f'{finding}.ipynb', Path(finding)) if p.is_file()), None)
+        path = next((p for p in (*(_places()[0]/'nbs'/folder/f'{finding}.ipynb' for folder in ('findings', 'cm3', 'runs')), Path(finding)) if p.is_file()), None)
         cells = json.loads(path.read_text(encoding='utf-8'))['cells'] if path else []
         source = next((''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])), '')
         body = ast.parse(source).body
@@ -162,7 +162,7 @@ def _list_fields(finding=None):
     return dict(fields={name: dict(default=ast.literal_eval(default), comment=comment) for name, (default, comment) in fields.items()})
 
 # %% ../nbs/19_cli.ipynb #ff782296
-def _offer_findings(): return sorted(p.stem for p in (_places()[0]/'nbs'/'findings').glob('*.ipynb'))
+def _offer_findings(): return sorted(p.stem for folder in ('findings', 'cm3') for p in (_places()[0]/'nbs'/folder).glob('*.ipynb'))
 def _offer_runs(): return sorted(p.parent.name for p in (_places()[1]/'runs').glob('*/weights'))
 def _offer_sources(): return ['openclipart', *_keys('recipes', 'RECIPES')]
 
@@ -307,22 +307,24 @@ def _execute(name, values):
 @command(app, 'finding', 't2i finding loss_breakdown --preset smoke', 't2i finding loss_breakdown -p data=path/to/folder -p seeds=5', 't2i finding token_histogram --fields',
          writes='the runs it lacks (runs/<id>), figures/<preset>/<name>.svg, .png, .csv and .json, and the executed notebook, runs/<preset>/<name>.ipynb',
          keys='finding, preset, notebook, verdicts (claim, paper, ours, effect, low, high, n, margin, verdict, unit; empty if the notebook records none)')
-def finding(name: Annotated[str, typer.Argument(metavar='FINDING', help='a notebook of nbs/findings, or the path of any notebook with a parameters cell', autocompletion=_offer_findings)],
-            preset: Preset = 'laptop', parameter: Parameters = None, fields: Fields = False):
+def finding(name: Annotated[str, typer.Argument(metavar='FINDING', help='a notebook of nbs/findings or nbs/cm3, or the path of any notebook with a parameters cell', autocompletion=_offer_findings)],
+            preset: Annotated[Presets | None, typer.Option(metavar='NAME', help='as for t2i train; default: that of the notebook, laptop or cm3-laptop')] = None,
+            parameter: Parameters = None, fields: Fields = False):
     "Train what a finding lacks, draw its figure, give its verdict. What is trained already is not trained again."
     if fields and _fields(name): return _list_fields(name)
     import dataclasses
 
     from t2ianalysis.data import work_path
     from t2ianalysis.report import load_findings
-    from t2ianalysis.sweeps import find_notebook, parse_parameters, runs_of
-    values = dict(preset=preset) | parse_parameters(parameter or [])
-    runs_of(find_notebook(name), values)                                        # names and values are checked before a kernel starts
+    from t2ianalysis.sweeps import find_notebook, parameters_of, parse_parameters, runs_of
+    values, notebook = (dict(preset=preset) if preset else {}) | parse_parameters(parameter or []), find_notebook(name)
+    runs_of(notebook, values)                                        # names and values are checked before a kernel starts
     out = _execute(name, values)
     typer.echo(f'executed notebook: {out}')
-    recorded = work_path('figures', str(values['preset']), f'{Path(name).stem}.json').is_file()
-    verdicts = [dataclasses.asdict(v) for f in (load_findings(values['preset'], [Path(name).stem]) if recorded else ()) for v in f.verdicts]
-    return dict(finding=Path(name).stem, preset=values['preset'], notebook=out, verdicts=verdicts)
+    preset = str((parameters_of(notebook) | values).get('preset', ''))
+    recorded = work_path('figures', preset, f'{Path(name).stem}.json').is_file()
+    verdicts = [dataclasses.asdict(v) for f in (load_findings(preset, [Path(name).stem]) if recorded else ()) for v in f.verdicts]
+    return dict(finding=Path(name).stem, preset=preset, notebook=out, verdicts=verdicts)
 
 # %% ../nbs/19_cli.ipynb #6b7c4e40
 @app.command(epilog='Writes runs/PRESET/sweeps/NOTEBOOK-FILE/: index.html, summary.csv, summary.parquet; the executed notebooks beside it.\n\n\b\nExamples:\n'

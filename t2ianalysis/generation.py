@@ -39,6 +39,7 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 # %% ../nbs/06_generation.ipynb #cc6d9dae
 from .masking import MASKINGS, MASKS
 from .models import context_length, evaluating, generator, load_config, load_lm, load_text_tokenizer
+from .pages import is_corpus
 from .sequences import Kind, Vocab, collate, document
 from .tokenizers import load_image_tokenizer
 from .training import Config, kept, run_config, token_losses
@@ -407,6 +408,8 @@ class Painter:
 
     @property
     def grid(self) -> tuple[int, int]: return self.image.grid(self.config.px)
+    @property
+    def layout(self) -> str: return 'image' if self.config.layout == 'image' else 'text-image'  # of a prompt: a masked document begins as any other
     def read(self, prompts: list[str], shorten: bool = False) -> list[list[int]]:  # token ids, as training cuts them if `shorten`
         codes = self.grid[0] * self.grid[1]
         room = self.config.length - len(document(self.vocab, [], [0] * codes, self.config.length)[0]) if shorten else None
@@ -454,11 +457,12 @@ def sample_prompts(
 ) -> torch.Tensor:  # int64 (N, h, w)
     "The codes of images for prompts, kept under `samples/` in the run's folder: a second call reads them."
     if not len(prompts): raise BadInput('prompts is empty; give one for each image.')
-    key = [asdict(sampling), painter.read(prompts, shorten), painter.grid, painter.config.layout, painter.config.length, painter.step]
+    if is_corpus(painter.config.data): raise BadInput(f'run {painter.folder.name!r} was trained on pages, not on captions; draw from it with nbs/cm3/prompting.ipynb.')
+    key = [asdict(sampling), painter.read(prompts, shorten), painter.grid, painter.layout, painter.config.length, painter.step]
     path = painter.folder/'samples'/f'{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors'
     try: return load(path.read_bytes())['codes']
     except (OSError, SafetensorError, KeyError): pass                          # not there, or damaged: draw
-    codes = sample_images(painter.model, painter.vocab, key[1], painter.grid, sampling, painter.config.layout, painter.config.length, batch, progress=progress)
+    codes = sample_images(painter.model, painter.vocab, key[1], painter.grid, sampling, painter.layout, painter.config.length, batch, progress=progress)
     write_atomic(path, save(dict(codes=codes)))
     return codes
 

@@ -35,7 +35,7 @@ from .data import BadInput, home, nearest, read_json, work_path, write_atomic
 
 # %% ../nbs/08a_notebooks.ipynb #2a17c320
 def notebooks(
-    folder: str = 'findings',  # 'findings' or 'runs', under nbs/
+    folder: str = 'findings',  # 'findings', 'cm3' or 'runs', under nbs/
 ) -> dict[str, Path]:  # name to path
     "The parameterised notebooks of a folder, by name."
     return {p.stem: p for p in sorted((home()/'nbs'/folder).glob('*.ipynb'))}
@@ -44,7 +44,7 @@ def find_notebook(
     name: str,  # a finding's name, or a path to any parameterised notebook
 ) -> Path:
     "A notebook by name or path; `BadInput` names those there are."
-    known = notebooks('findings') | notebooks('runs')
+    known = notebooks('findings') | notebooks('cm3') | notebooks('runs')
     if name in known: return known[name]
     if name.endswith('.ipynb') and Path(name).is_file(): return Path(name)
     raise BadInput(f'notebook {name!r} is unknown; give a path to an .ipynb file or one of {", ".join(known) or "(none found)"}.{nearest(name, known)}')
@@ -98,9 +98,9 @@ def _settle(text):
     return '\n'.join(line.rstrip('\r').split('\r')[-1] for line in text.split('\n'))
 
 def _smaller(png):
-    "A picture (base64) in 256 colours, if that is smaller: half or a third of the size, and no eye sees it in a figure."
+    "A picture (base64) in 64 colours, if that is smaller: a third of the size, and no eye sees it in a figure."
     out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
     return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
 
 def tidy_notebook(

@@ -102,7 +102,7 @@ def record(
     return write_atomic(path, json.dumps(results | dict(date=today, environment=environment()), indent=1, allow_nan=False, ensure_ascii=False) + '\n')
 
 # %% ../nbs/12_report.ipynb #8d10cdfb
-ORDER = ('loss_breakdown', 'frozen_components', 'token_alignment', 'forgetting', 'token_histogram', 'generation', 'hyperparameters', 'context')
+ORDER = ('loss_breakdown', 'frozen_components', 'token_alignment', 'forgetting', 'token_histogram', 'generation', 'hyperparameters', 'context', 'objective', 'scaling', 'arms', 'prompting', 'entities')
 
 @dataclass(frozen=True)
 class Finding:

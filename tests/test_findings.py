@@ -9,11 +9,17 @@ from PIL import Image
 
 from t2ianalysis import cli
 from t2ianalysis.data import BadInput
+from t2ianalysis.notebooks import find_notebook, notebooks, parameters_of, run_notebook
 from t2ianalysis.report import verdicts_of_all, write_report
-from t2ianalysis.sweeps import notebooks, run_notebook
 
-findings = list(notebooks('findings'))
-smoke = lambda name: dict(preset='smoke') | (dict(seeds=2) if 'seeds = ' in notebooks('findings')[name].read_text() else {})
+findings, cm3 = list(notebooks('findings')), list(notebooks('cm3'))
+QUICK = dict(objective=dict(documents=8), prompting=dict(images=2, scored=4, draws=4, top=2), entities=dict(generated=1))
+
+def smoke(name):
+    "A notebook's parameters for a trial of seconds"
+    known = parameters_of(find_notebook(name))
+    return dict(preset='smoke' if known['preset'] == 'laptop' else 'cm3-smoke') | (dict(seeds=2) if 'seeds' in known else {}) | QUICK.get(name, {})
+
 text = lambda path: '\n'.join(o.get('text', '') for c in nbformat.read(path, as_version=4).cells for o in c.get('outputs', []) if o.output_type == 'stream')
 
 
@@ -25,12 +31,13 @@ def work(tmp_path_factory): return tmp_path_factory.mktemp('findings')
 def place(work, monkeypatch): monkeypatch.setenv('T2I_WORK', str(work))
 
 
-@pytest.mark.parametrize('name', findings)
+@pytest.mark.parametrize('name', findings + cm3)
 def test_a_finding_draws_and_judges(name, work):
     out = run_notebook(name, smoke(name), progress=False)
     assert not [o for c in nbformat.read(out, as_version=4).cells for o in c.get('outputs', []) if o.output_type == 'error']
-    record = json.loads((work/'figures'/'smoke'/f'{name}.json').read_text())
-    assert record['figures'] and all((work/'figures'/'smoke'/f'{figure}.{kind}').stat().st_size > 100 for figure in record['figures'] for kind in ('svg', 'png', 'csv'))
+    drawn = work/'figures'/smoke(name)['preset']
+    record = json.loads((drawn/f'{name}.json').read_text())
+    assert record['figures'] and all((drawn/f'{figure}.{kind}').stat().st_size > 100 for figure in record['figures'] for kind in ('svg', 'png', 'csv'))
     assert all(v['verdict'] in ('holds', 'does not hold', 'too little data') for v in record['verdicts'])
 
 

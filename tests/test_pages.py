@@ -15,7 +15,7 @@ from t2ianalysis import pages
 from t2ianalysis.data import BadInput, data_path
 from t2ianalysis.masking import MASKINGS, Masked, unmask
 from t2ianalysis.models import CM3_SIZES, cm3_config, load_lm, load_text_tokenizer
-from t2ianalysis.pages import Hypertext, is_corpus, page_html, page_ids, read_corpus, window_cuts
+from t2ianalysis.pages import Hypertext, is_corpus, page_html, page_ids, window_cuts
 from t2ianalysis.sequences import Kind, Vocab
 from t2ianalysis.training import PRESETS, batches_at, check_config, lr_at, make_config, prepare, run_id
 
