@@ -118,7 +118,7 @@ def window_cuts(
 
 # %% ../nbs/02b_pages.ipynb #121843bd
 SHIPPED = {'gimp-help-sample': 'gimp_help_sample'}  # corpora and their folder under data/
-BUILT = ('gimp-help', 'python-doc')                 # that nbs/build/gimp_help.ipynb makes, under stores/
+BUILT = ('gimp-help', 'python-doc', 'grass-doc')                 # that nbs/build/gimp_help.ipynb makes, under stores/
 
 @dataclass(frozen=True)
 class Corpus:

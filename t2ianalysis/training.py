@@ -148,7 +148,7 @@ _cm3 = dict(px=256, length=2048, layout='causally-masked', init='random', image_
 _pages = dict(layout='causally-masked', warmup=20, schedule='polynomial', beta2=0.98, weight_decay=0.01)
 PRESETS |= {
     'cm3-smoke': Config(preset='cm3-smoke', data='gimp-help-sample', length=192, pairs=64, steps=6, batch=4, eval_every=3, eval_pairs=8, checkpoint_every=2, **_pages | dict(warmup=2)),
-    'cm3-laptop': Config(preset='cm3-laptop', data='gimp-help', length=512, batch=8, steps=120, eval_every=20, eval_pairs=64, **_pages),
+    'cm3-laptop': Config(preset='cm3-laptop', data='gimp-help', length=512, batch=8, steps=300, eval_every=50, eval_pairs=64, **_pages),
     'cm3-125m': Config(preset='cm3-125m', lm='cm3-125m', lr=6e-4, **_cm3), 'cm3-800m': Config(preset='cm3-800m', lm='cm3-800m', lr=2.5e-4, **_cm3),
     'cm3-2.7b': Config(preset='cm3-2.7b', lm='cm3-2.7b', lr=1.6e-4, shard=True, **_cm3),
     'cm3-13b': Config(preset='cm3-13b', lm='cm3-13b', lr=1e-4, shard=True, checkpointing=True, **_cm3 | dict(batch=3072, steps=35_000)),
