@@ -216,7 +216,7 @@ class Page:
     name: str                 # its path or its address
     html: str                 # minimal HTML
     text: str                 # of the elements that stay, in order, white space as one space
-    images: list[str]         # the `src` of every <img>, in order
+    images: list[str]         # the `src` of every `<img>`, in order
     counts: Counter           # what went and why: 'script', 'header', 'empty', 'folded' ...
     root: Path | None = None  # no image is read from outside this folder; None where images have addresses only
     crawled: Callable | None = field(default=None, compare=False, repr=False)  # what an address gave when it was crawled, bytes or None
@@ -413,7 +413,7 @@ def page_images(
 # %% ../nbs/15a_minimal_html.ipynb #e7cdbc0e
 def write_codes(
     page: Page,                # minimal HTML with addresses in `src`
-    codes: list,               # one for each of `page.images`: integers, or None to drop the <img>
+    codes: list,               # one for each of `page.images`: integers, or None to drop the `<img>`
 ) -> Page:                     # with the codes in `src`
     "A page with the codes of its images in place of their addresses"
     if len(codes) != len(page.images): raise BadInput(f'{page.name} has {len(page.images)} images, but codes for {len(codes)}: give None for one that is missing')

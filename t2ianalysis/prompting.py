@@ -92,7 +92,7 @@ class Grammar:
     def __init__(self,
         vocab: Vocab,  # with `masks`, where there are masks in a prompt
         tokenizer,  # the text tokenizer
-        grid: tuple[int, int],  # codes of an image: rows, columns (`Painter.grid`, that of the image tokenizer)
+        grid: tuple[int, int],  # codes of an image: rows, columns (that of a `Painter`, or of the image tokenizer)
     ):
         self.vocab, self.tokenizer, self.grid = vocab, tokenizer, check_grid(grid)
         self.codes, self.strings, self._rows = self.grid[0] * self.grid[1], _strings(tokenizer, vocab.text), {}
@@ -436,7 +436,7 @@ def _to_codes(model, prompts, sampling, tokens, options):
 def draw_images(
     model,
     grammar: Grammar,
-    prompts: list[str],  # that end in an <img>, such as '<img', '<img src="' or '<img alt="a cat"'
+    prompts: list[str],  # that end in an `<img>`, such as `<img`, `<img src="` or `<img alt="a cat"`
     sampling: Sampling = PAPER,
     tokens: int = 32,  # to write before the codes, at most
     **options,  # length, batch, cache and progress, as for `complete`
@@ -487,7 +487,7 @@ def caption_loglikelihood(
 # %% ../nbs/06a_prompting.ipynb #49464cf8
 def clip_scorer(
     name: str,  # folder or hub name of a CLIP, or of a model with its interface
-    decode,  # int64 (N, h, w) to uint8 (N, H, W, 3), such as `Painter.decode`
+    decode,  # int64 (N, h, w) to uint8 (N, H, W, 3), such as that of a `Painter`
 ):  # a function of a text and codes (N, h, w) that gives float64 (N,)
     "Scores images for a text by CLIP; `BadInput` where there is none."
     def load(auto, **options):
