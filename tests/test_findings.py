@@ -1,13 +1,11 @@
 "Every finding at preset smoke, as a user runs them one after the other, and the page that puts them together."
 import json
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from PIL import Image
 
-from t2ianalysis import cli
 from t2ianalysis.data import BadInput
 from t2ianalysis.notebooks import find_notebook, notebooks, parameters_of, run_notebook
 from t2ianalysis.report import verdicts_of_all, write_report
@@ -55,12 +53,10 @@ def test_the_report_has_every_verdict(work):
     assert page.count('data:image/') >= len(findings) and 'src="http' not in page
 
 
-def test_a_trained_run_draws_from_the_command_line(work, monkeypatch, capsys):
+def test_a_trained_run_draws_from_the_command_line(work, t2i, capsys):
     run = next(p.parent.name for p in sorted((work/'runs').glob('bundled-*/weights')))
     for out, status in (('fish.png', 0), ('nowhere/fish.png', 2)):
-        monkeypatch.setattr(sys, 'argv', ['t2i', 'generate', run, 'a red fish', 'a star', '-n', '3', '--top-k', '50', '--px', '32', '--out', str(work/out)])
-        with pytest.raises(SystemExit) as e: cli.main()
-        assert e.value.code == status
+        assert t2i('generate', run, 'a red fish', 'a star', '-n', '3', '--top-k', '50', '--px', '32', '--out', work/out) == status
     assert Image.open(work/'fish.png').width > 3 * 32 and 'in a folder that is not there' in capsys.readouterr().err
 
 

@@ -1,6 +1,5 @@
 "Publishing: the folder loads elsewhere and draws our pictures, text never becomes a code, and a card says what the records say."
 import base64
-import contextlib
 import errno
 import io
 import json
@@ -25,7 +24,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import t2ianalysis.publish as publishing
-from t2ianalysis import cli
 from t2ianalysis.data import BadInput, data_path, work_path
 from t2ianalysis.generation import Sampling, load_painter, sample_images
 from t2ianalysis.minimal_html import minimal_page, save_corpus
@@ -270,14 +268,12 @@ def test_a_full_or_read_only_disk_leaves_nothing(run, error, words, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_refuses_with_status_2_and_publishes(run, monkeypatch, capsys, tmp_path):
+def test_the_command_refuses_with_status_2_and_publishes(run, t2i, capsys, tmp_path):
     for arguments, words in ((['no-such-run', 'x'], 'no-such-run'), ([run, str(tmp_path/'x'), '--public'], 'give push'), ([run, str(tmp_path/'x'), '--push', 'me/model'], 'HF_HUB_OFFLINE is set')):
-        monkeypatch.setattr(sys, 'argv', ['t2i', 'publish', *arguments])
-        with pytest.raises(SystemExit) as e: cli.main()
+        assert t2i('publish', *arguments) == 2
         err = capsys.readouterr().err
-        assert e.value.code == 2 and words in err and err.count('\n') == 1 and not (tmp_path/'x').exists()
-    monkeypatch.setattr(sys, 'argv', ['t2i', 'publish', run, str(tmp_path/'x')])
-    with contextlib.suppress(SystemExit): cli.main()
+        assert words in err and err.count('\n') == 1 and not (tmp_path/'x').exists()
+    assert t2i('publish', run, tmp_path/'x') == 0
     assert (tmp_path/'x'/'layout.json').is_file() and 'layout.json' in capsys.readouterr().out
 
 
