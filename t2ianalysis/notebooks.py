@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -103,10 +104,14 @@ def _smaller(png):
     Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
     return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
 
+def _tight_html(html):
+    "A table without pandas' indentation and its style, which Jupyter and the docs bring themselves."
+    return html if '<pre' in html else re.sub(r'>\s*\n\s*<', '><', re.sub(r'<style scoped>.*?</style>', '', html, flags=re.S))
+
 def tidy_notebook(
     path: Path,  # an executed notebook, changed in place
 ):
-    "Merge pieces of printed text, settle progress bars and make pictures smaller, so that the notebook reads well and is quick to load."
+    "Merge pieces of printed text, settle progress bars and make pictures and tables smaller, so that the notebook reads well and is quick to load."
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         merged = []
@@ -115,7 +120,8 @@ def tidy_notebook(
             else: merged.append(out)
         for out in merged:
             if out.output_type == 'stream': out.text = _settle(out.text)
-            if 'image/png' in out.get('data', {}): out.data['image/png'] = _smaller(out.data['image/png'])
+            for kind, smaller in (('image/png', _smaller), ('text/html', _tight_html)):
+                if kind in out.get('data', {}): out.data[kind] = smaller(out.data[kind])
         if merged: cell.outputs = [o for o in merged if o.output_type != 'stream' or o.text.strip()]
     nbformat.write(nb, path)
 

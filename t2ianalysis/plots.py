@@ -12,6 +12,7 @@ import io
 import math
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import matplotlib as mpl
@@ -292,13 +293,16 @@ def _as_jpeg(
 def _tight_svg(
     svg,  # text
 ):
-    "An SVG without comments, names of groups and needless spaces, and with the labels' font named once: a third smaller, and it looks the same."
+    "An SVG without comments, names of groups and needless spaces, with the labels' font and each style named once: half the size, and it looks the same."
     svg = re.sub(r'<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>|(?<=<g) id="[^"]*"| transform="rotate\(-0 [^"]*"', '', svg, flags=re.S)
     svg = re.sub(r'(?<= d=")[^"]*', lambda m: re.sub(r'\s*([A-Za-z])\s*', r'\1', m[0]).replace('\n', ' ').strip(), svg)
     svg = re.sub(r'(?<= style=")[^"]*', lambda m: re.sub(r'([:;,]) ', r'\1', m[0]), svg)
     fonts = re.findall(r'font-family:[^;"]*', svg)
     font = max(fonts, key=fonts.count) if fonts else ''
-    return re.sub(r'>\s+<', '><', svg.replace(f'{font};', '').replace('*{', f'*{{{font};', 1) if font else svg).strip()
+    svg = re.sub(r'>\s+<', '><', svg.replace(f'{font};', '').replace('*{', f'*{{{font};', 1) if font else svg).strip()
+    styles = [style for style, times in Counter(re.findall(r' style="([^"]*)"', svg)).most_common() if times > 1]
+    for i, style in enumerate(styles): svg = svg.replace(f' style="{style}"', f' class="s{i}"')
+    return svg.replace('</style>', ''.join(f'.s{i}{{{style}}}' for i, style in enumerate(styles)) + '</style>', 1)
 
 # %% ../nbs/08_plots.ipynb #b60cc019
 def save_figure(

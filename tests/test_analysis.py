@@ -169,6 +169,13 @@ def test_a_figure_redrawn_has_the_same_bytes(runs, tmp_path):
 def test_svg_bytes_are_equal(name, runs): assert plots._bytes(FIGURES[name](runs), 'svg') == plots._bytes(FIGURES[name](runs), 'svg')
 
 
+def test_a_style_named_once_is_the_style_of_each_element():
+    style, rare = 'fill: #fff; stroke-width: 0.8', 'fill:none'
+    svg = plots._tight_svg('<svg><defs><style type="text/css">*{stroke-linecap: butt}</style></defs>' + f'<path style="{style}" d="M 0 0"/>' * 3 + f'<path style="{rare}"/></svg>')
+    assert svg.count('class="s0"') == 3 and '.s0{fill:#fff;stroke-width:0.8}</style>' in svg and f'style="{rare}"' in svg and svg.count('fill:#fff') == 1
+    assert plots._tight_svg(svg) == svg
+
+
 def test_labels_of_an_svg_keep_their_digits():
     figure, ax = plt.subplots()
     ax.plot([0, 0.123456], [0, 1])
