@@ -118,7 +118,7 @@ def window_cuts(
 
 # %% ../nbs/02b_pages.ipynb #121843bd
 SHIPPED = {'gimp-help-sample': 'gimp_help_sample'}  # corpora and their folder under data/
-BUILT = ('gimp-help', 'python-doc', 'grass-doc')                 # that nbs/build/gimp_help.ipynb makes, under stores/
+BUILT = ('gimp-help', 'python-doc', 'grass-doc')  # that nbs/build/gimp_help.ipynb makes, under stores/
 
 @dataclass(frozen=True)
 class Corpus:
@@ -140,7 +140,7 @@ def read_corpus(
 ) -> Corpus:
     "What a corpus says of itself; `BadInput` if it is none."
     folder = data_path(SHIPPED[data]) if data in SHIPPED else work_path('stores', data) if data in BUILT else Path(os.path.expanduser(data))
-    if data in BUILT and not folder.is_dir(): raise BadInput(f"data={data!r} is not built yet; run: papermill nbs/build/gimp_help.ipynb -, or take data='gimp-help-sample', which ships.")
+    if data in BUILT and not folder.is_dir(): raise BadInput(f"data={data!r} is not built yet; run: jupyter execute nbs/build/gimp_help.ipynb, or take data='gimp-help-sample', which ships.")
     try:
         said = read_json(folder/'corpus.json')
         corpus = Corpus(folder, str(said['image_tokenizer']), int(said['codes']), tuple(map(int, said['grid'])), int(said['px']))

@@ -141,7 +141,7 @@ def test_a_run_on_pages_is_prepared_from_what_its_fields_say(corpus):
 
 
 @pytest.mark.parametrize('changes, said', [(dict(layout='text-image'), "set layout='document'"), (dict(px=128), 'set px=64'), (dict(length=48), 'give more than 48'), (dict(length=100), 'too short for an image'),
-                                           (dict(data='gimp-help'), 'papermill nbs/build/gimp_help'), (dict(data='openclipart', layout='document'), "set layout='text-image'"),
+                                           (dict(data='gimp-help'), 'jupyter execute nbs/build/gimp_help'), (dict(data='openclipart', layout='document'), "set layout='text-image'"),
                                            (dict(lm='cm3-0.1m'), "set init='random'"), (dict(schedule='linear'), 'schedule='), (dict(data='/none'), 'unknown|not there|exist')])
 def test_fields_that_do_not_go_together_are_refused(changes, said):
     with pytest.raises(BadInput, match=said):
