@@ -176,6 +176,7 @@ def test_the_latex_table_has_every_verdict_and_compiles(recorded, verdicts, tmp_
     assert done.returncode == 0 and (tmp_path/'t.pdf').stat().st_size > 5000, done.stdout[-2000:]
 
 
-def test_the_committed_table_is_that_of_the_committed_records(monkeypatch):
+@pytest.mark.parametrize('preset', ['laptop', 'cm3-laptop'])
+def test_the_committed_table_is_that_of_the_committed_records(preset, monkeypatch):
     monkeypatch.delenv('T2I_WORK')
-    assert work_path('figures', 'laptop', 'verdicts.tex').read_text(encoding='utf-8') == latex_table('laptop')
+    assert work_path('figures', preset, 'verdicts.tex').read_text(encoding='utf-8') == latex_table(preset)
