@@ -293,7 +293,7 @@ def _as_jpeg(
 def _tight_svg(
     svg,  # text
 ):
-    "An SVG without comments, names of groups and needless spaces, with the labels' font and each style named once: half the size, and it looks the same."
+    "An SVG without comments, names of groups and needless spaces, with the labels' font and each style named once: smaller, and it looks the same."
     svg = re.sub(r'<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>|(?<=<g) id="[^"]*"| transform="rotate\(-0 [^"]*"', '', svg, flags=re.S)
     svg = re.sub(r'(?<= d=")[^"]*', lambda m: re.sub(r'\s*([A-Za-z])\s*', r'\1', m[0]).replace('\n', ' ').strip(), svg)
     svg = re.sub(r'(?<= style=")[^"]*', lambda m: re.sub(r'([:;,]) ', r'\1', m[0]), svg)
